@@ -1,0 +1,1 @@
+"""The TETRIS search: importance, blocks, reordering, packing. Knows numpy and scipy, and no ONNX."""

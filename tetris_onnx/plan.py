@@ -1,0 +1,126 @@
+"""What to do with each layer of a model: the decisions of a run, saved and loaded as one ``.npz`` file.
+
+A plan is everything that the search decided and nothing else: permutations, block size and keep mask per layer. It holds
+no weights, so a plan made for one export of a model can be applied to another one (a fine-tuned one, say).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+_FORMAT = "tetris-onnx plan 1"
+_FIELDS = ("out_perm", "in_perm", "block_size", "keep")
+
+
+class PlanError(ValueError):
+    """A plan file that cannot be read, or a plan that does not fit the model."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPlan:
+    """How one weight matrix ``W`` [out, in, ...] is reordered and pruned.
+
+    The reordered weight is ``W[out_perm][:, in_perm]``; its block ``(i, j)`` of ``block_size`` rows and columns (cut off at
+    the edges) survives where ``keep[i, j]``.
+
+    Raises `PlanError` when the arrays do not fit together.
+    """
+
+    layer: str  # name of the layer's output value in the original model
+    out_perm: NDArray[np.int64]  # [out]
+    in_perm: NDArray[np.int64]  # [in]
+    block_size: tuple[int, int]  # (out channels, in channels) of a block
+    keep: NDArray[np.bool_]  # [ceil(out / block_size[0]), ceil(in / block_size[1])]
+
+    def __post_init__(self) -> None:
+        for name, perm in (("out_perm", self.out_perm), ("in_perm", self.in_perm)):
+            if perm.ndim != 1 or perm.size == 0 or not np.array_equal(np.sort(perm), np.arange(perm.size)):
+                raise PlanError(f"layer {self.layer!r}: {name} is no permutation")
+        if len(self.block_size) != 2 or min(self.block_size) < 1:
+            raise PlanError(f"layer {self.layer!r}: block size {self.block_size} is not two positive numbers")
+        grid = tuple(-(-n // b) for n, b in zip(self.shape, self.block_size, strict=True))
+        if self.keep.dtype != np.bool_ or self.keep.shape != grid:
+            raise PlanError(f"layer {self.layer!r}: the keep mask is {self.keep.shape}, its blocks make {grid}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) channels of the layer."""
+        return self.out_perm.size, self.in_perm.size
+
+    @property
+    def density(self) -> float:
+        """Share of the weights that are in kept blocks (blocks at the edges count with their true size)."""
+        rows, columns = (
+            np.minimum(b, n - b * np.arange(-(-n // b))) for n, b in zip(self.shape, self.block_size, strict=True)
+        )
+        return float(rows @ self.keep @ columns) / (self.shape[0] * self.shape[1])
+
+    @property
+    def sparsity(self) -> float:
+        """``1 - density``."""
+        return 1.0 - self.density
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The layers to prune; every layer of the model that is not in it stays as it is."""
+
+    layers: tuple[LayerPlan, ...]
+
+    def __post_init__(self) -> None:
+        names = [layer.layer for layer in self.layers]
+        if len(set(names)) != len(names):
+            raise PlanError("a plan names the same layer twice")
+
+    def __iter__(self) -> Iterator[LayerPlan]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def get(self, layer: str) -> LayerPlan | None:
+        """The plan of ``layer``, or None where the layer stays dense."""
+        return next((p for p in self.layers if p.layer == layer), None)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as ``.npz`` (numpy arrays only, no pickle), whole or not at all."""
+        from tetris_onnx.graph.io import write_atomically
+
+        arrays: dict[str, NDArray] = {
+            "format": np.array(_FORMAT),
+            "layers": np.array([p.layer for p in self.layers], dtype=np.str_),
+        }
+        for i, p in enumerate(self.layers):
+            arrays |= {
+                f"{i}.out_perm": p.out_perm,
+                f"{i}.in_perm": p.in_perm,
+                f"{i}.block_size": np.array(p.block_size, np.int64),
+                f"{i}.keep": p.keep,
+            }
+        with write_atomically(Path(path)) as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """Read what `save` wrote. Raises `PlanError` for any other content."""
+        try:
+            with np.load(Path(path), allow_pickle=False) as file:
+                if "format" not in file or str(file["format"]) != _FORMAT:
+                    raise PlanError(f"{path}: not a plan of tetris-onnx")
+                layers = []
+                for i, name in enumerate(file["layers"]):
+                    out_perm, in_perm, block_size, keep = (file[f"{i}.{field}"] for field in _FIELDS)
+                    rows, columns = block_size.tolist()
+                    layers.append(LayerPlan(str(name), out_perm, in_perm, (rows, columns), keep))
+                return Plan(tuple(layers))
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from None
+        except FileNotFoundError:
+            raise PlanError(f"{path}: no such file") from None
+        except Exception as error:  # np.load raises many types for broken or hostile files
+            raise PlanError(f"{path}: not a plan of tetris-onnx ({error})") from None
