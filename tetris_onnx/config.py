@@ -1,0 +1,219 @@
+"""The options of a run: frozen values with one default each, and the TOML file that sets them.
+
+A layer's options come from the first rule whose glob matches its name, in the order of the file, then from the
+top-level values::
+
+    block_size = "32x32"
+    sparsity = 0.5
+
+    [layers."features.0"]
+    skip = true
+
+    [layers."classifier.*"]
+    sparsity = 0.9
+    block_size = "64x64"
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
+
+IMPORTANCES = ("auto", "l1", "l2")
+REORDERS = ("exact", "greedy", "none")
+GATHERS = ("absorb", "keep")
+MAX_BLOCK_SIZE = 1024
+
+_TOP_KEYS = ("sparsity", "block_size", "importance", "reorder", "gathers", "seed", "layers")
+_LAYER_KEYS = ("skip", "sparsity", "block_size")
+
+
+class ConfigError(ValueError):
+    """An option or a config file with a value that makes no sense."""
+
+
+@dataclass(frozen=True)
+class LayerRule:
+    """The options of the layers whose name matches ``pattern``; None leaves an option at the top-level value."""
+
+    pattern: str  # glob of fnmatch: * ? [seq], case matters
+    skip: bool | None = None
+    sparsity: float | None = None
+    block_size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.pattern:
+            raise ConfigError("layers: an empty pattern matches no layer; use '*' for all")
+        where = f'layers."{self.pattern}".'
+        if self.skip is not None and not isinstance(self.skip, bool):
+            raise ConfigError(f"{where}skip: expected true or false, found {self.skip!r}")
+        if self.sparsity is not None:
+            _check_sparsity(f"{where}sparsity", self.sparsity)
+        if self.block_size is not None:
+            _check_block_size(f"{where}block_size", self.block_size)
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """The options that hold for one layer."""
+
+    sparsity: float
+    block_size: tuple[int, int]
+    skip: bool
+    explicit: bool  # a rule names this layer, so it is what the user wants, not a default
+
+
+@dataclass(frozen=True)
+class Config:
+    """The options of `tetris_onnx.optimize`.
+
+    Raises `ConfigError` naming the option when a value makes no sense.
+    """
+
+    sparsity: float = 0.5  # share of the weights to prune, in [0, 1)
+    block_size: tuple[int, int] = (32, 32)  # (out channels, in channels) of a block
+    layers: tuple[LayerRule, ...] = ()
+    importance: str = "auto"  # one of IMPORTANCES
+    reorder: str = "exact"  # one of REORDERS
+    gathers: str = "absorb"  # one of GATHERS
+    seed: int = 0
+    workers: int | None = None  # processes; None = one per core
+    tolerance: float = 1e-4  # largest error of the verification, relative to max|y|
+
+    def __post_init__(self) -> None:
+        _check_sparsity("sparsity", self.sparsity)
+        _check_block_size("block_size", self.block_size)
+        _check_choice("importance", self.importance, IMPORTANCES)
+        _check_choice("reorder", self.reorder, REORDERS)
+        _check_choice("gathers", self.gathers, GATHERS)
+        if not _is_int(self.seed) or self.seed < 0:
+            raise ConfigError(f"seed: expected an integer from 0, found {self.seed!r}")
+        if self.workers is not None and (not _is_int(self.workers) or self.workers < 1):
+            raise ConfigError(f"workers: expected an integer from 1, found {self.workers!r}")
+        if not _is_number(self.tolerance) or not 0 < self.tolerance < math.inf:
+            raise ConfigError(f"tolerance: expected a number above 0, found {self.tolerance!r}")
+
+    def for_layer(self, name: str) -> LayerConfig:
+        """The options of the layer ``name``: its node's name, or its output's name where the node has none."""
+        rule = next((r for r in self.layers if fnmatchcase(name, r.pattern)), None)
+        if rule is None:
+            return LayerConfig(self.sparsity, self.block_size, skip=False, explicit=False)
+        return LayerConfig(
+            self.sparsity if rule.sparsity is None else rule.sparsity,
+            self.block_size if rule.block_size is None else rule.block_size,
+            skip=bool(rule.skip),
+            explicit=True,
+        )
+
+    def unused_patterns(self, names: Iterable[str]) -> tuple[str, ...]:
+        """The patterns that match none of the layers ``names``: most likely misspelled."""
+        names = tuple(names)
+        return tuple(r.pattern for r in self.layers if not any(fnmatchcase(name, r.pattern) for name in names))
+
+
+def parse_block_size(text: str) -> tuple[int, int]:
+    """``"32x64"`` -> (32, 64), out channels x in channels; ``"32"`` -> (32, 32). Raises `ConfigError`."""
+    match = re.fullmatch(r"\s*(\d{1,9})\s*(?:[xX×]\s*(\d{1,9})\s*)?", text)
+    if match is None:
+        raise ConfigError(f"block_size: expected something like 32x32, found {text!r}")
+    size = int(match[1]), int(match[2] or match[1])
+    _check_block_size("block_size", size)
+    return size
+
+
+def load_config(path: str | Path) -> Config:
+    """Read a TOML file (keys: see the module's docstring). Raises `ConfigError` naming the file and the key."""
+    path = Path(path)
+    try:
+        table = tomllib.loads(path.read_bytes().decode("utf-8"))
+        return _parse(table)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def _parse(table: Mapping[str, Any]) -> Config:
+    _check_keys("", table, _TOP_KEYS)
+    layers = table.get("layers", {})
+    if not isinstance(layers, dict):
+        raise ConfigError('layers: expected tables such as [layers."features.*"]')
+    values = {key: value for key, value in table.items() if key != "layers"}
+    if "block_size" in values:
+        values["block_size"] = _parse_toml_block_size("block_size", values["block_size"])
+    return Config(layers=tuple(_parse_rule(pattern, rule) for pattern, rule in layers.items()), **values)
+
+
+def _parse_rule(pattern: str, table: object) -> LayerRule:
+    where = f'layers."{pattern}"'
+    if not isinstance(table, dict):
+        raise ConfigError(f"{where}: expected a table with the keys {', '.join(_LAYER_KEYS)}")
+    for key, value in table.items():
+        if isinstance(value, dict):  # [layers.features.0] is a table in a table
+            raise ConfigError(f'{where}: a name with a dot needs quotes: [layers."{pattern}.{key}"]')
+    _check_keys(f"{where}.", table, _LAYER_KEYS)
+    values = dict(table)
+    if "block_size" in values:
+        values["block_size"] = _parse_toml_block_size(f"{where}.block_size", values["block_size"])
+    return LayerRule(pattern, **values)
+
+
+def _parse_toml_block_size(where: str, value: object) -> tuple[int, int]:
+    if not isinstance(value, str):
+        raise ConfigError(f'{where}: expected a string such as "32x32", found {value!r}')
+    try:
+        return parse_block_size(value)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {str(error).removeprefix('block_size: ')}") from None
+
+
+def _check_keys(where: str, table: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for key in table:
+        if key not in known:
+            close = get_close_matches(key, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+            raise ConfigError(f"{where}{key}: unknown key; {hint}")
+
+
+def _check_sparsity(where: str, value: Any) -> None:
+    if not _is_number(value) or not 0 <= value < 1:
+        raise ConfigError(f"{where}: expected a number from 0 to below 1, found {value!r}")
+
+
+def _check_block_size(where: str, value: object) -> None:
+    if (
+        not isinstance(value, tuple)
+        or len(value) != 2
+        or not all(_is_int(n) and 1 <= n <= MAX_BLOCK_SIZE for n in value)
+    ):
+        found = "x".join(map(str, value)) if isinstance(value, tuple) else repr(value)
+        raise ConfigError(f"{where}: expected two integers from 1 to {MAX_BLOCK_SIZE}, found {found}")
+
+
+def _check_choice(where: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{where}: expected one of {', '.join(choices)}, found {value!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
