@@ -1,0 +1,198 @@
+"""The report: totals, every form of it, and names from a hostile model."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tetris_onnx.report import (
+    LayerReport,
+    Report,
+    ReportError,
+    count,
+    file_size,
+    print_report,
+    summary,
+    to_html,
+    to_json,
+    to_markdown,
+    total_macs,
+    write_report,
+)
+
+CONV = LayerReport(
+    layer="conv_out",
+    node="features.3",
+    op_type="Conv",
+    weight_shape=(64, 32, 3, 3),
+    block_size=(32, 32),
+    density=0.5,
+    retained=0.75,
+    baseline=0.625,
+    parameters=18432,
+    kept_parameters=9216,
+    macs=1_000_000,
+    status="block-sparse",
+    reason="",
+)
+FC = LayerReport(
+    layer="y",
+    node="classifier",
+    op_type="Gemm",
+    weight_shape=(10, 64),
+    block_size=None,
+    density=1.0,
+    retained=None,
+    baseline=None,
+    parameters=640,
+    kept_parameters=640,
+    macs=640,
+    status="dense",
+    reason="the final classifier is too small",
+)
+REPORT = Report(
+    model="in.onnx",
+    output="out.onnx",
+    layers=(CONV, FC),
+    gathers=1,
+    bytes_before=80_000,
+    bytes_after=44_000,
+    max_error=2.5e-7,
+    seconds={"plan": 1.25, "verify": 0.5},
+    importance="l1",
+    notes=("accuracy will drop",),
+)
+
+
+def test_totals_add_up() -> None:
+    assert REPORT.parameters == (19072, 9856)
+    assert REPORT.macs == (1_000_640, 500_640)
+    assert CONV.kept_macs == 500_000
+    assert total_macs([CONV, replace(FC, macs=None)]) is None
+
+
+def test_the_summary_states_before_and_after() -> None:
+    lines = dict(summary(REPORT))
+    assert lines["layers"] == "1 of 2 block-sparse"
+    assert lines["weights"] == "19.1 k -> 9.86 k (51.7 % kept)"
+    assert lines["multiplications"] == "1 M -> 501 k (50.0 %)"
+    assert lines["file"] == "80.0 kB -> 44.0 kB (55.0 %)"
+    assert lines["max error"].startswith("2.5e-07 of max|y|")
+    assert lines["took"] == "1.8 s (plan 1.2 s, verify 0.5 s)"
+    assert "accuracy" not in lines
+    assert "time" not in lines
+
+
+def test_measured_accuracy_and_time_join_the_summary() -> None:
+    measured = replace(
+        REPORT,
+        labelled=1000,
+        accuracy=(0.925, 0.9),
+        agreement=0.95,
+        milliseconds=(2.0, 1.25),
+        speedup=(1.6, 1.5, 1.7),
+    )
+    lines = dict(summary(measured))
+    assert lines["accuracy"] == "92.5 % -> 90.0 % (-2.5 points) on 1000 samples"
+    assert lines["same top-1"] == "95.0 %"
+    assert lines["time"] == "2 ms -> 1.25 ms: 1.60x (1.50 to 1.70)"
+
+
+def test_an_empty_model_has_a_report() -> None:
+    empty = replace(REPORT, layers=(), bytes_before=0)
+    assert dict(summary(empty))["layers"] == "0 of 0 block-sparse"
+    assert json.loads(to_json(empty))["layers"] == []
+
+
+def test_json_holds_every_figure() -> None:
+    value = json.loads(to_json(REPORT))
+    assert value["parameters"] == 19072
+    assert value["kept_parameters"] == 9856
+    assert value["kept_macs"] == 500_640
+    assert value["seconds"] == {"plan": 1.25, "verify": 0.5}
+    assert value["layers"][0]["weight_shape"] == [64, 32, 3, 3]
+    assert value["layers"][0]["kept_macs"] == 500_000
+    assert value["layers"][1]["block_size"] is None
+    assert value["layers"][1]["reason"] == FC.reason
+
+
+def test_json_stays_json_where_an_error_is_infinite() -> None:
+    assert json.loads(to_json(replace(REPORT, max_error=float("inf"))))["max_error"] is None
+
+
+def test_the_terminal_table_names_layers_reasons_and_notes() -> None:
+    console = Console(file=io.StringIO(), width=200)
+    print_report(REPORT, console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("features.3", "64x32x3x3", "75.0 %", "62.5 %", FC.reason, "note: accuracy will drop", "Gathers left"):
+        assert part in text
+
+
+class _Collector(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        assert not [name for name, _ in attrs if name in ("src", "href") or name.startswith("on")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+HOSTILE = "<script>alert(1)</script>|[bold]x[/bold]\n`a`\"'&"
+
+
+def test_names_from_a_model_cannot_become_markup() -> None:
+    hostile = replace(
+        REPORT, model=HOSTILE, layers=(replace(CONV, node=HOSTILE, op_type=HOSTILE, reason=HOSTILE),), notes=(HOSTILE,)
+    )
+    page = _Collector()
+    page.feed(to_html(hostile))
+    assert "script" not in page.tags
+    assert page.text.count(HOSTILE) == 6  # title, heading, three cells, note
+
+    markdown = to_markdown(hostile)
+    assert "<script" not in markdown
+    row = next(line for line in markdown.splitlines() if "64x32x3x3" in line)
+    assert len(re.findall(r"(?<!\\)\|", row)) == 10, "nine cells"
+
+    console = Console(file=io.StringIO(), width=400)
+    print_report(hostile, console)
+    assert "[bold]x[/bold]" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("suffix", "start"), [(".json", "{"), (".md", "# in.onnx"), (".HTML", "<!DOCTYPE html>")])
+def test_the_suffix_chooses_the_form(tmp_path: Path, suffix: str, start: str) -> None:
+    pytest.importorskip("tetris_onnx.graph.io")
+    path = tmp_path / f"report{suffix}"
+    write_report(REPORT, path)
+    assert path.read_text(encoding="utf-8").startswith(start)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_an_unknown_suffix_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match=r"report\.pdf: a report ends in \.json, \.md, \.html"):
+        write_report(REPORT, tmp_path / "report.pdf")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [(0, "0"), (999, "999"), (1000, "1 k"), (999_999, "1 M"), (15_466_175_744, "15.5 G"), (2 * 10**12, "2 T")],
+)
+def test_counts_are_short(n: int, text: str) -> None:
+    assert count(n) == text
+
+
+def test_file_sizes_are_decimal() -> None:
+    assert [file_size(n) for n in (12, 4_200, 65_011_712)] == ["12 B", "4.2 kB", "65.0 MB"]

@@ -1,0 +1,291 @@
+"""What a run did: one row per layer, the totals, and what they look like as a table, JSON, Markdown or HTML.
+
+Sizes count weights only (no biases). Multiplications are those of one sample; the share of a layer's multiplications that
+is left is the share of its weights that is left, since a dropped block drops every product it takes part in.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape as escape_markup
+from rich.table import Table
+
+
+class ReportError(ValueError):
+    """A report file of a kind that does not exist."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became, or can become, of one Conv, Gemm or MatMul with a constant weight."""
+
+    layer: str  # name of the output value in the original model
+    node: str  # name of the node, or the layer's name where it has none
+    op_type: str
+    weight_shape: tuple[int, ...]
+    block_size: tuple[int, int] | None  # (out channels, in channels); None = dense
+    density: float  # kept / all weights; 1 = dense
+    retained: float | None  # share of the importance in the kept blocks
+    baseline: float | None  # the same without reordering
+    parameters: int  # weights
+    kept_parameters: int
+    macs: int | None  # multiplications per sample of the dense layer; None = shape unknown
+    status: str  # "block-sparse", "dense" or, from an inspection, "prunable"
+    reason: str  # why it stays dense; "" otherwise
+
+    @property
+    def kept_macs(self) -> int | None:
+        """Multiplications per sample with the kept blocks only."""
+        return None if self.macs is None else round(self.macs * self.kept_parameters / max(self.parameters, 1))
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one run did to a model."""
+
+    model: str
+    output: str
+    layers: tuple[LayerReport, ...]
+    gathers: int  # Gather nodes that the reordering left in the graph
+    bytes_before: int
+    bytes_after: int
+    max_error: float  # block-sparse against dense with the same blocks zeroed, relative to max|y|
+    seconds: dict[str, float]  # by stage
+    importance: str
+    notes: tuple[str, ...] = ()
+    labelled: int | None = None  # samples behind accuracy
+    accuracy: tuple[float, float] | None = None  # (before, after), top-1
+    agreement: float | None = None  # share of samples with the same top-1 before and after
+    milliseconds: tuple[float, float] | None = None  # (before, after), median of one run
+    speedup: tuple[float, float, float] | None = None  # (before / after, low and high end of its 95 % interval)
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """Weights (before, after) of the listed layers."""
+        return sum(r.parameters for r in self.layers), sum(r.kept_parameters for r in self.layers)
+
+    @property
+    def macs(self) -> tuple[int, int] | None:
+        """Multiplications per sample (before, after), or None where a layer's shape is unknown."""
+        return total_macs(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as JSON types: totals, then a list of layers."""
+        macs = self.macs
+        values = asdict(self)
+        layers = values.pop("layers")
+        for row, layer in zip(layers, self.layers, strict=True):
+            row["kept_macs"] = layer.kept_macs
+        values |= {
+            "parameters": self.parameters[0],
+            "kept_parameters": self.parameters[1],
+            "macs": macs and macs[0],
+            "kept_macs": macs and macs[1],
+            "layers": layers,
+        }
+        return values
+
+
+def total_macs(layers: Sequence[LayerReport]) -> tuple[int, int] | None:
+    """Multiplications per sample (dense, kept) of ``layers``, or None where one of them has an unknown shape."""
+    before = after = 0
+    for layer in layers:
+        if layer.macs is None or layer.kept_macs is None:
+            return None
+        before += layer.macs
+        after += layer.kept_macs
+    return before, after
+
+
+def summary(report: Report) -> list[tuple[str, str]]:
+    """The totals as (label, text), in reading order."""
+    pruned = sum(layer.status == "block-sparse" for layer in report.layers)
+    before, after = report.parameters
+    lines = [
+        ("layers", f"{pruned} of {len(report.layers)} block-sparse"),
+        ("weights", f"{count(before)} -> {count(after)} ({percent(after / max(before, 1))} kept)"),
+    ]
+    macs = report.macs
+    if macs:
+        lines.append(
+            ("multiplications", f"{count(macs[0])} -> {count(macs[1])} ({percent(macs[1] / max(macs[0], 1))})")
+        )
+    ratio = report.bytes_after / max(report.bytes_before, 1)
+    lines += [
+        ("file", f"{file_size(report.bytes_before)} -> {file_size(report.bytes_after)} ({percent(ratio)})"),
+        ("Gathers left", str(report.gathers)),
+        ("importance", report.importance),
+        ("max error", f"{report.max_error:.1e} of max|y|, against the dense model with the same blocks zeroed"),
+    ]
+    if report.accuracy:
+        old, new = report.accuracy
+        text = f"{percent(old)} -> {percent(new)} ({100 * (new - old):+.1f} points)"
+        lines.append(("accuracy", f"{text} on {report.labelled} samples"))
+    if report.agreement is not None:
+        lines.append(("same top-1", percent(report.agreement)))
+    if report.milliseconds and report.speedup:
+        old, new = report.milliseconds
+        ratio, low, high = report.speedup
+        lines.append(("time", f"{old:.3g} ms -> {new:.3g} ms: {ratio:.2f}x ({low:.2f} to {high:.2f})"))
+    stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
+    lines.append(("took", f"{sum(report.seconds.values()):.1f} s" + (f" ({stages})" if stages else "")))
+    return lines
+
+
+def layer_table(layers: Sequence[LayerReport], title: str) -> Table:
+    """The layers as a table for a terminal."""
+    table = Table(title=escape_markup(title), title_justify="left")
+    for header in _HEADERS:
+        table.add_column(header, justify="left" if header in _LEFT else "right", overflow="fold")
+    for row in layers:
+        cells = (escape_markup(cell) for cell in _cells(row))
+        table.add_row(*cells, style="" if row.status != "dense" else "dim")
+    return table
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print the layers and the totals."""
+    console.print(layer_table(report.layers, f"{report.model} -> {report.output}"))
+    totals = Table.grid(padding=(0, 2))
+    for label, text in summary(report):
+        totals.add_row(label, escape_markup(text))
+    console.print(totals)
+    for note in report.notes:
+        console.print(f"note: {note}", style="yellow", markup=False, highlight=False)
+
+
+def to_json(report: Report) -> str:
+    """The report for machines; numbers that JSON cannot hold (inf, NaN) become null."""
+    return json.dumps(_finite(report.to_dict()), indent=2, allow_nan=False) + "\n"
+
+
+def to_markdown(report: Report) -> str:
+    """The report as Markdown tables."""
+    lines = [f"# {_md(report.model)} -> {_md(report.output)}", "", "| | |", "|---|---|"]
+    lines += [f"| {_md(label)} | {_md(text)} |" for label, text in summary(report)]
+    lines += ["", "| " + " | ".join(_HEADERS) + " |", "|" + "---|" * len(_HEADERS)]
+    lines += ["| " + " | ".join(map(_md, _cells(row))) + " |" for row in report.layers]
+    if report.notes:
+        lines += ["", *(f"- {_md(note)}" for note in report.notes)]
+    return "\n".join(lines) + "\n"
+
+
+def to_html(report: Report) -> str:
+    """The report as one HTML page that loads nothing."""
+    title = f"{escape(report.model)} &rarr; {escape(report.output)}"
+    totals = "".join(f"<tr><th>{escape(label)}</th><td>{escape(text)}</td></tr>\n" for label, text in summary(report))
+    head = "".join(f"<th>{header}</th>" for header in _HEADERS)
+    rows = "".join(
+        f'<tr class="{escape(row.status)}">' + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row)) + "</tr>\n"
+        for row in report.layers
+    )
+    notes = "".join(f"<li>{escape(note)}</li>\n" for note in report.notes)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }}
+table {{ border-collapse: collapse; margin: 1rem 0 }}
+th, td {{ border-bottom: 1px solid #ccc; padding: .25rem .75rem; text-align: left; overflow-wrap: anywhere }}
+tr.dense {{ color: #777 }}
+</style>
+</head>
+<body>
+<h1>{title}</h1>
+<table>
+{totals}</table>
+<table>
+<thead><tr>{head}</tr></thead>
+<tbody>
+{rows}</tbody>
+</table>
+<ul>
+{notes}</ul>
+</body>
+</html>
+"""
+
+
+def check_report_path(path: Path) -> None:
+    """Raise `ReportError` unless `write_report` knows the suffix of ``path``."""
+    if path.suffix.lower() not in _RENDERERS:
+        raise ReportError(f"{path}: a report ends in {', '.join(_RENDERERS)}")
+
+
+def write_report(report: Report, path: str | Path) -> None:
+    """Write the report in the form that the suffix names (.json, .md, .html), whole or not at all.
+
+    Raises `ReportError` for any other suffix.
+    """
+    from tetris_onnx.graph.io import write_atomically
+
+    path = Path(path)
+    check_report_path(path)
+    text = _RENDERERS[path.suffix.lower()](report)
+    with write_atomically(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+_HEADERS = ("layer", "op", "weight", "block", "density", "retained", "not reordered", "multiplications", "status")
+_LEFT = ("layer", "op", "status")
+_RENDERERS: dict[str, Callable[[Report], str]] = {".json": to_json, ".md": to_markdown, ".html": to_html}
+
+
+def _cells(row: LayerReport) -> tuple[str, ...]:
+    return (
+        row.node,
+        row.op_type,
+        "x".join(map(str, row.weight_shape)),
+        "x".join(map(str, row.block_size)) if row.block_size else "",
+        percent(row.density),
+        "" if row.retained is None else percent(row.retained),
+        "" if row.baseline is None else percent(row.baseline),
+        "?" if row.macs is None else count(row.macs),
+        f"{row.status}: {row.reason}" if row.reason else row.status,
+    )
+
+
+def percent(share: float) -> str:
+    """``0.5`` -> ``"50.0 %"``."""
+    return f"{100 * share:.1f} %"
+
+
+def count(n: int) -> str:
+    """``15466175744`` -> ``"15.5 G"``."""
+    value = float(n)
+    for unit in ("", " k", " M", " G"):
+        if value < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g} T"
+
+
+def file_size(n: int) -> str:
+    """``65011712`` -> ``"65.0 MB"``: decimal units, as download pages show them."""
+    if n < 1000:
+        return f"{n} B"
+    return f"{n / 1e3:.1f} kB" if n < 1e6 else f"{n / 1e6:.1f} MB"
+
+
+def _md(text: str) -> str:
+    text = escape(" ".join(text.split()), quote=False)
+    return "".join("\\" + c if c in "\\|*_`[]" else c for c in text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
