@@ -1,1 +1,1 @@
-"""Reading a model graph: layers, channel regions, files. Nothing here edits a graph."""
+"""Reading a model graph: files, shapes, constants, layers, channel regions. Nothing here edits a graph."""

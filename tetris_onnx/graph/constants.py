@@ -1,0 +1,38 @@
+"""Values that a graph computes from constants alone: weights in Constant nodes, behind Transpose, Identity, ConstantOfShape..."""
+
+from __future__ import annotations
+
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+
+from tetris_onnx.graph.shapes import run_node
+
+# Operators that exporters put between a stored weight and the layer. DequantizeLinear is not among them: a quantized weight
+# has to stay one.
+_FOLDABLE = frozenset(
+    "Abs Add Cast Concat Constant ConstantOfShape Div Exp Expand Flatten Gather Identity Mul Neg Pad Reciprocal ReduceL2 ReduceMean "
+    "ReduceSum Reshape Slice Sqrt Squeeze Sub Tile Transpose Unsqueeze".split()
+)
+_MAX_DEPTH = 64
+
+
+def constant_value(graph: gs.Graph, tensor: gs.Tensor, depth: int = 0) -> NDArray | None:
+    """The value of ``tensor`` where the graph computes it from constants alone, else None."""
+    if isinstance(tensor, gs.Constant):
+        return tensor.values
+    if len(tensor.inputs) != 1 or depth > _MAX_DEPTH:
+        return None
+    node = tensor.inputs[0]
+    if node.op not in _FOLDABLE or node.domain not in (None, "", "ai.onnx") or node.outputs[0] is not tensor:
+        return None
+    if node.op == "Constant" and isinstance(node.attrs.get("value"), gs.Constant):
+        return node.attrs["value"].values
+    inputs = {}
+    for operand in node.inputs:
+        if not operand.is_empty():
+            value = constant_value(graph, operand, depth + 1)
+            if value is None:
+                return None
+            inputs[operand.name] = value
+    return run_node(OnnxExporter.export_node(node), inputs, graph.import_domains)

@@ -1,0 +1,165 @@
+"""One view of every layer that multiplies by a weight: Conv, Gemm, MatMul, and our own two operators.
+
+Whatever the node's own form (``transB``, a MatMul's [in, out] weight), a `Layer` shows its weight as ``[out, in, *kernel]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+DOMAIN = "ai.tetris"
+CONV, GEMM = "BlockSparseConv", "BlockSparseGemm"
+# Ends the name of a layer's output where reorder_weights has put a Gather behind it, so that the layer keeps its name.
+REORDERED = "/reordered"
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A node with a weight. ``why_dense`` is empty where the weight can be reordered and pruned, else it says why not."""
+
+    node: gs.Node
+    why_dense: str
+
+    @property
+    def name(self) -> str:
+        """Name of the layer's output value in the original model: what plans are keyed by."""
+        return self.output.name.removesuffix(REORDERED)
+
+    @property
+    def block_sparse(self) -> bool:
+        """Whether the layer is one of our operators."""
+        return self.node.domain == DOMAIN
+
+    @property
+    def data(self) -> gs.Tensor:
+        """The activations that the layer reads."""
+        return self.node.inputs[0]
+
+    @property
+    def output(self) -> gs.Tensor:
+        """The activations that the layer writes."""
+        return self.node.outputs[0]
+
+    @property
+    def is_conv(self) -> bool:
+        """Whether channels are on axis 1 (convolutions), not on the last one (matrix products)."""
+        return self.node.op in ("Conv", CONV)
+
+    @property
+    def in_axis(self) -> int | None:
+        """Axis of the input channels in `data`; None where its rank is not known."""
+        return 1 if self.is_conv or self.node.op == "Gemm" else _last_axis(self.data)
+
+    @property
+    def out_axis(self) -> int | None:
+        """Axis of the output channels in `output`; None where its rank is not known."""
+        return 1 if self.is_conv or self.node.op == "Gemm" else _last_axis(self.output)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """``[out, in, *kernel]``; for a grouped convolution, ``in`` is the number of channels of one group."""
+        if self.block_sparse:
+            return tuple(self.node.attrs["weight_shape"])
+        shape = tuple(self.node.inputs[1].shape)
+        return shape[::-1] if self._stored_transposed else shape
+
+    @property
+    def weight(self) -> NDArray:
+        """The weight of a dense layer as ``[out, in, *kernel]``."""
+        values = cast(NDArray, self.node.inputs[1].values)
+        return values.T if self._stored_transposed else values
+
+    @property
+    def bias(self) -> NDArray | None:
+        """The bias ``[out]``, or None. Only for layers in normal form (see passes.normalize_layers) and our operators."""
+        index = 5 if self.block_sparse else 2
+        if len(self.node.inputs) <= index or self.node.inputs[index].is_empty():
+            return None
+        return cast(NDArray, self.node.inputs[index].values)
+
+    @property
+    def multiplications(self) -> int | None:
+        """Multiplications of the dense layer per sample; None where the output size is not known."""
+        shape = self.output.shape
+        if shape is None or not all(isinstance(d, int) for d in shape[1:]):
+            return None
+        per_output = int(np.prod(self.weight_shape[1:]))
+        return int(np.prod(shape[1:], dtype=np.int64)) * per_output
+
+    @property
+    def _stored_transposed(self) -> bool:
+        return self.node.op == "MatMul" or (self.node.op == "Gemm" and not self.node.attrs.get("transB", 0))
+
+    def stored(self, weight: NDArray) -> NDArray:
+        """``weight`` [out, in, *kernel] in the form that the node stores."""
+        return np.ascontiguousarray(weight.T if self._stored_transposed else weight)
+
+
+def find_layers(graph: gs.Graph) -> list[Layer]:
+    """The layers of the main graph in node order; those in subgraphs and functions are left alone."""
+    layers = []
+    for node in graph.nodes:
+        if node.domain == DOMAIN and node.op in (CONV, GEMM):
+            layers.append(Layer(node, ""))
+        elif node.domain in (None, "", "ai.onnx") and node.op in ("Conv", "Gemm", "MatMul"):
+            layers.append(Layer(node, _why_dense(node)))
+    return layers
+
+
+def layer_of(node: gs.Node) -> Layer | None:
+    """``node`` as a layer whose channels can take any order (prunable or one of ours), else None."""
+    if node.domain == DOMAIN and node.op in (CONV, GEMM):
+        return Layer(node, "")
+    if node.domain in (None, "", "ai.onnx") and node.op in ("Conv", "Gemm", "MatMul") and not _why_dense(node):
+        return Layer(node, "")
+    return None
+
+
+def _why_dense(node: gs.Node) -> str:
+    if len(node.inputs) < 2 or node.inputs[1].is_empty():
+        return "it has no weight input"
+    weight = node.inputs[1]
+    if not isinstance(weight, gs.Constant):
+        if isinstance(node.inputs[0], gs.Constant):
+            return "its constant is the left operand"
+        if any(producer.op == "DequantizeLinear" for producer in weight.inputs):
+            return "its weight is quantized"
+        return "its weight is not a constant"
+    if weight.dtype != np.float32:
+        return f"its weight is {np.dtype(weight.dtype).name}, not float32"
+    if node.op == "Conv":
+        if len(weight.shape) not in (3, 4, 5):
+            return f"it is a convolution over {len(weight.shape) - 2} axes (1 to 3 are supported)"
+        groups = node.attrs.get("group", 1)
+        if groups != 1:
+            depthwise = groups == weight.shape[0] and weight.shape[1] == 1
+            return "it is depthwise" if depthwise else f"it is grouped ({groups} groups)"
+    elif len(weight.shape) != 2:
+        return f"its weight has {len(weight.shape)} axes, not 2"
+    if 0 in weight.shape:
+        return "its weight is empty"
+    if node.op == "MatMul" and (node.inputs[0].shape is None or len(node.inputs[0].shape) < 2):
+        return "the rank of its input is not known" if node.inputs[0].shape is None else "its input is a vector"
+    if node.op == "Gemm" and not _is_normal(node):
+        return "its bias or a transposed input is not in a form that can be reordered"
+    if node.op == "Conv" and len(node.inputs) > 2 and not node.inputs[2].is_empty() and not isinstance(node.inputs[2], gs.Constant):
+        return "its bias is not a constant"
+    return ""
+
+
+def _is_normal(gemm: gs.Node) -> bool:
+    if gemm.attrs.get("transA", 0) or gemm.attrs.get("alpha", 1.0) != 1.0 or gemm.attrs.get("beta", 1.0) != 1.0:
+        return False
+    if len(gemm.inputs) < 3 or gemm.inputs[2].is_empty():
+        return True
+    out = gemm.inputs[1].shape[0 if gemm.attrs.get("transB", 0) else 1]
+    return isinstance(gemm.inputs[2], gs.Constant) and tuple(gemm.inputs[2].shape) == (out,)
+
+
+def _last_axis(tensor: gs.Tensor) -> int | None:
+    return None if tensor.shape is None else len(tensor.shape) - 1
