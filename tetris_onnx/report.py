@@ -1,7 +1,7 @@
 """What a run did: one row per layer, the totals, and what they look like as a table, JSON, Markdown or HTML.
 
-Sizes count weights only (no biases). Multiplications are those of one sample; the share of them that a layer keeps is the
-share of its weights that it keeps, since a dropped block drops every product it takes part in.
+Sizes count weights only (no biases). Multiplications are those of one sample; the share of them that a layer keeps is
+the share of its weights that it keeps, since a dropped block drops every product it takes part in.
 """
 
 from __future__ import annotations
