@@ -1,0 +1,342 @@
+"""Reordering: Algorithm 1 of TETRIS (Ji et al., NeurIPS 2018, section 4), for arrays of any order and any pruning method.
+
+Find permutations of the axes and a mask such that the mask keeps as much importance as it can::
+
+    maximize  sum(importance[perms[0]][:, perms[1]]... [keep])        keep = P(...), P the pruning method
+
+by alternating two steps until nothing is gained:
+
+- **E-step**: with the order fixed, let P choose the mask (for blocks: those with the largest sums);
+- **M-step**: with the mask fixed, reorder one axis after the other.
+
+All that the M-step needs to know about P is its grid of cells. Positions in the same group (row of cells) of an axis are
+interchangeable, so a slice i of the axis gains ``gain[i, J]``, its importance on the kept cells of group J, wherever in J it
+goes, and the order of the axis is an assignment of n slices to groups with capacities. Two solvers:
+
+- `exact_step`: the optimum, a transportation problem (network simplex, `ot.emd`). Groups with the same kept cells are the
+  same destination and are merged first; at high sparsity few distinct ones are left, which makes 25088 slices affordable.
+- `greedy_step`: the paper's pair swaps, best first, with the updates of section 4.2. The best swap between two groups needs
+  only the best slice of each for the other, so the matrices are n x groups and groups x groups, never n x n.
+
+Both steps only ever raise the objective, and end in a local optimum that depends on the start; `reorder` tries several.
+
+Why the mask must be chosen again after reordering, although both steps minimize the same L1 error: each step is best only
+for what the other one left fixed. Rows of two, one column per block, two of the four blocks to be kept:
+
+>>> import numpy as np
+>>> from tetris_onnx.algorithms.blocks import block_sums, keep_mask
+>>> importance = np.array([[5.0, 4.0],
+...                        [5.0, 0.0],
+...                        [4.0, 9.0],
+...                        [3.0, 0.0]])
+>>> block_sums(importance, (2, 1))
+array([[10.,  4.],
+       [ 7.,  9.]])
+>>> keep_mask(importance, (2, 1), sparsity=0.5)  # E-step: keeps 10 + 9 = 19
+array([[ True, False],
+       [False,  True]])
+
+With this mask a row in the first group keeps its first number, in the second group its second number. The best order (M-step)
+is to have rows 1 and 3 in the first group, 5 + 3, and rows 0 and 2 in the second, 4 + 9, now 21 in all:
+
+>>> reordered = importance[[1, 3, 0, 2]]
+>>> block_sums(reordered, (2, 1))
+array([[ 8.,  0.],
+       [ 9., 13.]])
+
+But in that order these are no longer the two best blocks: the M-step moved importance *into* the kept blocks, with no regard
+for the others, and a dropped block (9) ended up above a kept one (8). Choosing again keeps 22, and changes what the next
+M-step is asked to do:
+
+>>> keep_mask(reordered, (2, 1), sparsity=0.5)
+array([[False, False],
+       [ True,  True]])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tetris_onnx.algorithms.blocks import block_sums, group_capacities, keep_count, keep_largest
+from tetris_onnx.algorithms.permutation import Permutation, identity
+
+Method = Literal["exact", "greedy", "none"]
+Start = Literal["greedy", "identity", "sorted", "random"]
+
+# (gain [n, patterns], pattern of each group [G], capacity of each group [G], group of each slice [n]) -> new groups [n]
+MStep = Callable[[NDArray, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]]
+
+
+class Pruner(Protocol):
+    """A pruning method P: it keeps or drops the cells of a grid, each as a whole."""
+
+    @property
+    def block_size(self) -> tuple[int, ...]:
+        """Length of a cell along each axis; the last cell of an axis is cut off where it does not divide."""
+        ...
+
+    def prune(self, sums: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """The cells to keep, same shape, given the importance of each: of all masks that P allows, one of largest total."""
+        ...
+
+
+@dataclass(frozen=True)
+class BlockPruner:
+    """Keep the most important blocks, as many as ``sparsity`` leaves (see `blocks.keep_count`).
+
+    A block size with ones makes other methods of it: ``(b, 1)`` prunes vectors, ``(1, 1)`` single elements.
+    """
+
+    block_size: tuple[int, ...]
+    sparsity: float
+
+    def prune(self, sums: NDArray[np.float64]) -> NDArray[np.bool_]:
+        """The mask of the largest sums, equal ones by their index."""
+        return keep_largest(sums, keep_count(sums.size, self.sparsity))
+
+
+@dataclass(frozen=True, eq=False)
+class Reordering:
+    """What `reorder` found. The reordered array is ``importance[perms[0]][:, perms[1]]...``."""
+
+    perms: tuple[Permutation, ...]  # one per axis of the array; the identity where the axis keeps its order
+    keep: NDArray[np.bool_]  # the pruner's mask of the cells of the reordered array
+    retained: float  # share of all importance that lies in kept cells
+    baseline: float  # the same without any reordering
+    iterations: int  # E- and M-steps of the winning start
+    start: str  # the winning start; "none" where no reordering was better
+
+
+def default_starts(shape: Sequence[int], method: Method) -> tuple[Start, ...]:
+    """The starts that `reorder` tries unasked, fewer random ones the larger the array.
+
+    Random starts win more than anything else on small grids, and are cheap there.
+    """
+    size = int(np.prod(shape, dtype=np.int64))
+    fixed: tuple[Start, ...] = ("greedy", "identity", "sorted") if method == "exact" else ("identity", "sorted")
+    return fixed + ("random",) * min(64, 2**22 // size)
+
+
+def reorder(
+    importance: NDArray,
+    pruner: Pruner,
+    axes: Sequence[int] = (0, 1),
+    method: Method = "exact",
+    starts: Sequence[Start] | None = None,
+    seed: int = 0,
+    max_iterations: int = 100,
+) -> Reordering:
+    """Find the order of ``axes`` in which ``pruner`` keeps the most of ``importance``.
+
+    ``importance``: non-negative floats, any number of axes. ``method``: the M-step, or ``"none"`` to only choose the mask.
+    ``starts``: the orders to start from (default: `default_starts`), the best result wins: ``"identity"``; ``"sorted"`` by
+    the norm of the slices; ``"random"``, as many as named; ``"greedy"``, the end of the greedy search from the identity.
+    The result depends on the arguments only, is never below the given order, and with ``"greedy"`` among the starts of the
+    exact method never below the greedy search from the identity (its result is a candidate itself).
+
+    Raises ValueError for negative or non-finite importance and for axes or block sizes that do not fit.
+    """
+    shape, block_size = importance.shape, pruner.block_size
+    if importance.dtype not in (np.float32, np.float64):
+        importance = importance.astype(np.float64)
+    if sorted({a % max(1, len(shape)) for a in axes}) != sorted(axes):
+        raise ValueError(f"cannot reorder axes {tuple(axes)} of an array of shape {shape}: each from 0 to {len(shape) - 1}, once")
+    if method not in ("exact", "greedy", "none"):
+        raise ValueError(f"unknown method {method!r}: use 'exact', 'greedy' or 'none'")
+    sums = block_sums(importance, block_size)
+    if not np.isfinite(sums).all() or importance.min() < 0:
+        raise ValueError("importance must be finite and not negative")
+    total = float(sums.sum())
+
+    def result(perms: Sequence[Permutation], iterations: int, start: str) -> Reordering:
+        ordered = importance
+        for axis in movable:
+            ordered = np.take(ordered, perms[axis], axis=axis)
+        sums = block_sums(ordered, block_size)
+        keep = pruner.prune(sums)
+        retained = float(sums[keep].sum()) / total if total > 0 else 1.0
+        return Reordering(tuple(perms), keep, retained, baseline, iterations, start)
+
+    movable: list[int] = []
+    baseline = 1.0
+    origin = [identity(n) for n in shape]
+    best = result(origin, 0, "none")
+    baseline = best.retained
+    best = Reordering(best.perms, best.keep, baseline, baseline, 0, "none")
+    # An axis with a single group has nothing to choose, and neither has a mask of everything or nothing.
+    movable = [axis for axis in axes if shape[axis] > block_size[axis]]
+    if method == "none" or not movable or total == 0 or best.keep.all() or not best.keep.any():
+        return best
+
+    rng = np.random.default_rng(seed)
+    m_step = exact_step if method == "exact" else greedy_step
+    for start in default_starts(shape, method) if starts is None else starts:
+        perms, iterations = list(origin), 0
+        if start == "sorted":
+            for axis in movable:
+                norm = importance.sum(axis=tuple(a for a in range(len(shape)) if a != axis))
+                perms[axis] = np.argsort(-norm, kind="stable")
+        elif start == "random":
+            for axis in movable:
+                perms[axis] = rng.permutation(shape[axis])
+        elif start == "greedy" and method == "exact":
+            perms, iterations = _alternate(importance, pruner, movable, perms, greedy_step, max_iterations)
+            best = max(best, result(perms, iterations, start), key=lambda r: r.retained)
+        elif start not in ("greedy", "identity"):
+            raise ValueError(f"unknown start {start!r}: use 'identity', 'sorted', 'random' or 'greedy'")
+        perms, more = _alternate(importance, pruner, movable, perms, m_step, max_iterations)
+        best = max(best, result(perms, iterations + more, start), key=lambda r: r.retained)
+    return best
+
+
+def _alternate(
+    importance: NDArray,
+    pruner: Pruner,
+    axes: Sequence[int],
+    perms: Sequence[Permutation],
+    m_step: MStep,
+    max_iterations: int,
+) -> tuple[list[Permutation], int]:
+    """E- and M-steps from ``perms`` until an iteration gains less than one millionth. Returns the order and their number."""
+    perms, size = list(perms), pruner.block_size
+    held, iteration = -1.0, 0
+    slices = _sum_other_groups(importance, perms, size, axes[0])
+    for iteration in range(1, max_iterations + 1):
+        sums = _sum_groups(slices, axes[0], perms[axes[0]], size[axes[0]]).astype(np.float64)
+        keep = pruner.prune(sums)
+        previous, held = held, float(sums[keep].sum())
+        if held <= previous * (1 + 1e-6):
+            break
+        for axis, following in zip(axes, [*axes[1:], axes[0]], strict=True):
+            n = importance.shape[axis]
+            flat = np.moveaxis(slices, axis, 0).reshape(n, -1)
+            kept = np.moveaxis(keep, axis, 0).reshape(keep.shape[axis], -1)
+            _, first, pattern = np.unique(np.packbits(kept, axis=1), axis=0, return_index=True, return_inverse=True)
+            gain = flat @ kept[first].T.astype(flat.dtype)
+            groups = np.empty(n, np.int64)
+            groups[perms[axis]] = np.arange(n) // size[axis]
+            groups = m_step(gain, pattern.ravel(), group_capacities(n, size[axis]), groups)
+            perms[axis] = np.argsort(groups, kind="stable")
+            slices = _sum_other_groups(importance, perms, size, following)
+    return perms, iteration
+
+
+def exact_step(
+    gain: NDArray, pattern: NDArray[np.int64], capacities: NDArray[np.int64], groups: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The best assignment of slices to groups, as a transportation problem.
+
+    ``gain`` [n, P]: what slice i keeps in a group with the kept cells of pattern p; ``pattern`` [G]: the pattern of each
+    group; ``capacities`` [G]: how many slices it takes; ``groups`` [n]: the present assignment. Returns the new one, [n].
+
+    Which of the groups of one pattern a slice goes to does not matter to this step. It does to the next E-step, which can
+    choose better among unequal blocks than among equal ones: they are filled in the order of gain.
+    """
+    n, patterns = gain.shape
+    target = pattern[groups]
+    if patterns > 1:
+        from ot.lp import emd  # imported here: the package takes a second to load, and only this needs it
+
+        cost = (gain.max() - gain).astype(np.float64)
+        room = np.bincount(pattern, weights=capacities, minlength=patterns)
+        flow = emd(np.ones(n), room, cost, numItermax=10**8)
+        target = flow.argmax(axis=1)
+        if not np.array_equal(np.bincount(target, minlength=patterns), room):
+            raise RuntimeError(f"the transport of {n} slices to {patterns} destinations did not converge")
+    seats = np.repeat(np.arange(capacities.size), capacities)
+    seats = seats[np.argsort(pattern[seats], kind="stable")]
+    assigned = np.empty(n, np.int64)
+    assigned[np.lexsort((-gain[np.arange(n), target], target))] = seats
+    return assigned
+
+
+def greedy_step(
+    gain: NDArray, pattern: NDArray[np.int64], capacities: NDArray[np.int64], groups: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Swap the pair of slices that gains the most until no swap gains anything. Arguments and result as `exact_step`.
+
+    ``best[J, K]`` is the most that one slice of group J gains by going to K, so the best swap of the two groups gains
+    ``best[J, K] + best[K, J]``. A swap changes two rows of ``best``: an update of O(n) for groups of fixed size.
+    """
+    count = capacities.size
+    gain = gain[:, pattern]
+    groups = groups.copy()
+    own = gain[np.arange(groups.size), groups]
+    # Rounding must not make a swap and its reverse both look like gains.
+    tolerance = 8 * float(np.finfo(gain.dtype).eps) * float(gain.max(initial=0.0))
+    members = np.split(np.argsort(groups, kind="stable"), np.cumsum(capacities)[:-1])
+    best = np.empty((count, count), gain.dtype)
+    which = np.empty((count, count), np.int64)  # the position in members[J] of the slice meant by best[J, K]
+    columns = np.arange(count)
+
+    def update(j: int) -> None:
+        moves = gain[members[j]] - own[members[j], None]
+        which[j] = moves.argmax(axis=0)
+        best[j] = moves[which[j], columns]
+
+    for j in range(count):
+        update(j)
+    swap = best + best.T
+    np.fill_diagonal(swap, -np.inf)
+    partner = swap.argmax(axis=1)
+    value = swap[columns, partner]
+    while True:
+        j = int(value.argmax())
+        if not value[j] > tolerance:
+            return groups
+        k = int(partner[j])
+        from_j, from_k = which[j, k], which[k, j]
+        a, b = members[j][from_j], members[k][from_k]
+        members[j][from_j], members[k][from_k] = b, a
+        groups[a], groups[b] = k, j
+        own[a], own[b] = gain[a, k], gain[b, j]
+        update(j)
+        update(k)
+        for g in (j, k):
+            swap[g] = swap[:, g] = best[g] + best[:, g]
+            swap[g, g] = -np.inf
+            higher = swap[g] > value
+            value[higher], partner[higher] = swap[g][higher], g
+        # Rows whose best partner was one of the two may have lost it.
+        stale = np.flatnonzero((partner == j) | (partner == k))
+        stale = np.union1d(stale, (j, k))
+        partner[stale] = swap[stale].argmax(axis=1)
+        value[stale] = swap[stale, partner[stale]]
+
+
+def _sum_other_groups(array: NDArray, perms: Sequence[Permutation], size: Sequence[int], axis: int) -> NDArray:
+    """Sums over the groups of every axis but ``axis``, which keeps its length and its original order."""
+    for other in reversed(range(array.ndim)):
+        if other != axis:
+            array = _sum_groups(array, other, perms[other], size[other])
+    return array
+
+
+def _sum_groups(array: NDArray, axis: int, perm: Permutation, size: int) -> NDArray:
+    """``array`` with ``axis`` gathered by ``perm`` and summed in groups of ``size``, without a reordered copy of it."""
+    n = array.shape[axis]
+    if size == 1:
+        return np.take(array, perm, axis=axis)
+    count = -(-n // size)
+    before, after = array.shape[:axis], array.shape[axis + 1 :]
+    out = np.empty((*before, count, *after), array.dtype)
+    source = array.reshape(int(np.prod(before, dtype=np.int64)), n, -1)
+    target = out.reshape(source.shape[0], count, -1)
+    if source.shape[2] > 1:
+        for g in range(count):
+            source[:, perm[g * size : (g + 1) * size]].sum(axis=1, out=target[:, g])
+        return out
+    # The last axis: gather some rows at a time, and let BLAS add up the short runs (numpy's sum is slow on those).
+    full, ones = n // size, np.ones(size, array.dtype)
+    chunk = max(1, 2**20 // n)
+    for row in range(0, source.shape[0], chunk):
+        part = np.take(source[row : row + chunk, :, 0], perm, axis=1)
+        target[row : row + chunk, :full, 0] = part[:, : full * size].reshape(len(part), full, size) @ ones
+        if full < count:
+            target[row : row + chunk, full, 0] = part[:, full * size :].sum(axis=1)
+    return out
