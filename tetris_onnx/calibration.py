@@ -1,0 +1,321 @@
+"""Inputs to run a model on: read from a file of the user's, or random.
+
+A file is an ``.npz`` with one array per model input, by the input's name, or an ``.npy`` for a model with one input.
+The first axis counts the samples. Values are what the model expects, already scaled: nothing here rescales, and
+integers for an input of floats are an error, since they are most likely an image that still has to be scaled. Labels
+(`load_labels`) may be in the same file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+Samples: TypeAlias = dict[str, NDArray]  # one array per model input, first axis = samples
+Shapes: TypeAlias = Mapping[str, Sequence[int]]
+
+LABEL_NAMES = ("label", "labels", "y")
+# What to try for a height, width or length that the model leaves open: most vision models take 224, the others cover
+# models that need a certain height or allow a certain length.
+SIZES = (224, 32, 48, 64, 128, 640, 16, 8, 4, 1)
+_CHANNELS = 3  # for an open channel axis of an image
+
+
+class CalibrationError(ValueError):
+    """Data that does not fit the model's inputs."""
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of a model."""
+
+    name: str
+    dtype: np.dtype
+    shape: tuple[int | str | None, ...]  # a name or None where the model leaves the size open
+
+    def __str__(self) -> str:
+        """``x: float32 [N, 3, 224, 224]``."""
+        return f"{self.name}: {self.dtype} [{', '.join('?' if d is None else str(d) for d in self.shape)}]"
+
+
+def session_inputs(session: Any) -> tuple[InputSpec, ...]:
+    """The inputs of an onnxruntime session. Raises `CalibrationError` for one that is no tensor of numbers."""
+    return tuple(
+        InputSpec(value.name, _session_dtype(value.name, value.type), _shape(value.shape))
+        for value in session.get_inputs()
+    )
+
+
+def model_inputs(model: onnx.ModelProto) -> tuple[InputSpec, ...]:
+    """The inputs of a model, without those that an initializer sets. Raises `CalibrationError` as `session_inputs`."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    specs = []
+    for value in model.graph.input:
+        if value.name in constants:
+            continue
+        tensor = value.type.tensor_type
+        if not value.type.HasField("tensor_type") or tensor.elem_type == onnx.TensorProto.UNDEFINED:
+            raise CalibrationError(f"model input {value.name!r} is not a tensor")
+        dims: list[int | str | None] = [
+            d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in tensor.shape.dim
+        ]
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
+        specs.append(InputSpec(value.name, np.dtype(dtype), _shape(dims)))
+    return tuple(specs)
+
+
+def load_samples(path: str | Path, inputs: Sequence[InputSpec]) -> Samples:
+    """Read the arrays of the model's ``inputs`` from an .npz or .npy file, or from every such file of a folder in turn.
+
+    Floats become the input's float type and integers its integer type where no value changes by more than rounding.
+    Raises `CalibrationError` saying what was found and what was expected.
+    """
+    parts = [_select(file, found, arrays, inputs) for file, found, arrays in _read(Path(path), _names(inputs))]
+    samples = {spec.name: np.concatenate([part[spec.name] for part in parts]) for spec in inputs if spec.shape}
+    counts = {name: len(array) for name, array in samples.items()}
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{name} has {n}" for name, n in counts.items())
+        raise CalibrationError(f"{path}: every input needs the same number of samples, but {found}")
+    return samples | {spec.name: parts[0][spec.name] for spec in inputs if not spec.shape}
+
+
+def load_labels(path: str | Path, inputs: Sequence[InputSpec]) -> NDArray[np.int64] | None:
+    """The class of each sample: the array ``label``, ``labels`` or ``y`` that is no model input; None if there is none.
+
+    Raises `CalibrationError` where it is not a list of integers, or only some files of a folder have it.
+    """
+    names = tuple(name for name in LABEL_NAMES if name not in _names(inputs))
+    parts, unlabelled = [], 0
+    for file, _, arrays in _read(Path(path), names):
+        if not arrays:
+            unlabelled += 1
+            continue
+        name, labels = next(iter(arrays.items()))
+        if labels.ndim == 2 and labels.shape[1] == 1:
+            labels = labels[:, 0]
+        if labels.ndim != 1 or labels.dtype.kind not in "iu":
+            raise CalibrationError(
+                f"{file}: labels {name!r} are {labels.dtype} {list(labels.shape)}; expected one integer per sample"
+            )
+        parts.append(labels.astype(np.int64))
+    if not parts:
+        return None
+    if unlabelled:
+        raise CalibrationError(f"{path}: {unlabelled} of {unlabelled + len(parts)} files have no labels")
+    return np.concatenate(parts)
+
+
+def random_samples(
+    inputs: Sequence[InputSpec], n: int, seed: int = 0, shapes: Shapes | None = None, size: int = SIZES[0]
+) -> Samples:
+    """At least ``n`` random samples (a whole number of batches where the model fixes the batch), the same for a seed.
+
+    Floats are standard normal, uint8 is 0 to 255, other integers are 0 or 1 (valid as an index, a token or a mask).
+    ``shapes`` gives whole shapes by input name; their first entry, the batch, is not used. Otherwise an open axis is 3
+    where it holds the channels of an image, else ``size``.
+    Raises `CalibrationError` for a shape that does not fit the model.
+    """
+    shapes = shapes or {}
+    unknown = set(shapes) - {spec.name for spec in inputs}
+    if unknown:
+        raise CalibrationError(f"no input {sorted(unknown)[0]!r}; the model has {_listing(inputs)}")
+    rng = np.random.default_rng(seed)
+    samples = {}
+    for spec in inputs:
+        shape = _concrete_shape(spec, n, shapes.get(spec.name), size)
+        values: NDArray
+        if spec.dtype.kind in "biu":
+            values = rng.integers(0, 256 if spec.dtype == np.uint8 else 2, shape)
+        elif spec.dtype.kind == "f":
+            values = rng.standard_normal(shape, dtype=np.float32)
+        else:
+            raise CalibrationError(f"input {spec}: no random values for this type; give a data file")
+        samples[spec.name] = values.astype(spec.dtype)
+    return samples
+
+
+def runnable_samples(
+    run: Callable[[Samples], object],
+    inputs: Sequence[InputSpec],
+    n: int,
+    seed: int = 0,
+    shapes: Shapes | None = None,
+) -> Samples:
+    """`random_samples` of the first size in `SIZES` that ``run`` (one sample, raises where it fails) accepts.
+
+    Raises `CalibrationError` where none is accepted, with what the run said.
+    """
+    given = shapes or {}
+    still_open = [s for s in inputs if s.name not in given and any(not isinstance(d, int) for d in s.shape[1:])]
+    if not still_open:
+        return random_samples(inputs, n, seed, given)
+    first = ""
+    for size in SIZES:
+        try:
+            run(random_samples(inputs, 1, seed, given, size))
+        except Exception as error:  # onnxruntime raises its own types, with no common base
+            first = first or " ".join(str(error).split())
+            continue
+        return random_samples(inputs, n, seed, given, size)
+    raise CalibrationError(
+        f"the model runs on random inputs of no size tried ({_listing(still_open)}); "
+        f"give the shape (--shape NAME=1x3x224x224) or a data file; it said: {first[:300]}"
+    )
+
+
+def batches(samples: Samples, inputs: Sequence[InputSpec], batch: int) -> Iterator[tuple[slice, Samples]]:
+    """Cut samples into runs of at most ``batch``, or of the model's own batch where it fixes one: (which, feed).
+
+    Raises `CalibrationError` where the samples do not fill the batches that a model fixes.
+    """
+    n = count(samples, inputs)
+    step = fixed_batch(inputs) or batch
+    if fixed_batch(inputs) and n % step:
+        raise CalibrationError(f"the model runs {step} samples at a time; {n} samples do not fill its batches")
+    scalars = {spec.name for spec in inputs if not spec.shape}
+    for start in range(0, n, step):
+        part = slice(start, min(start + step, n))
+        yield part, {name: array if name in scalars else array[part] for name, array in samples.items()}
+
+
+def fixed_batch(inputs: Sequence[InputSpec]) -> int | None:
+    """The number of samples that the model takes at a time, or None where it is open."""
+    return next((spec.shape[0] for spec in inputs if spec.shape and isinstance(spec.shape[0], int)), None)
+
+
+def count(samples: Samples, inputs: Sequence[InputSpec]) -> int:
+    """The number of samples (1 for a model whose inputs are all scalars)."""
+    return next((len(samples[spec.name]) for spec in inputs if spec.shape), 1)
+
+
+def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """``["x=1x3x224x224"]`` -> {"x": (1, 3, 224, 224)}. Raises `CalibrationError`."""
+    shapes = {}
+    for text in texts:
+        name, separator, sizes = text.rpartition("=")
+        try:
+            shape = tuple(int(size) for size in sizes.lower().split("x"))
+        except ValueError:
+            shape = ()
+        if not separator or not name or not shape or min(shape) < 1:
+            raise CalibrationError(f"--shape {text}: expected NAME=1x3x224x224")
+        shapes[name] = shape
+    return shapes
+
+
+def _names(inputs: Sequence[InputSpec]) -> tuple[str, ...]:
+    return tuple(spec.name for spec in inputs)
+
+
+def _read(path: Path, wanted: Sequence[str]) -> Iterator[tuple[Path, list[str], Samples]]:
+    """Per file: its path, the names in it and the arrays that are wanted; an .npy has one array, named ""."""
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in (".npz", ".npy"))
+        if not files:
+            raise CalibrationError(f"{path}: no .npz or .npy file in this folder")
+    elif path.is_file():
+        files = [path]
+    else:
+        raise CalibrationError(f"{path}: no such file")
+    for file in files:
+        try:
+            content = np.load(file, allow_pickle=False)
+            if isinstance(content, np.ndarray):
+                found, arrays = [""], {"": content}
+            else:
+                with content:
+                    found = list(content)
+                    arrays = {name: content[name] for name in wanted if name in found}
+        except Exception as error:  # np.load raises many types for broken or hostile files
+            raise CalibrationError(f"{file}: not an .npz or .npy file of numbers ({error})") from None
+        yield file, found, arrays
+
+
+def _select(file: Path, found: Sequence[str], arrays: Samples, inputs: Sequence[InputSpec]) -> Samples:
+    if "" in arrays:
+        if len(inputs) != 1:
+            raise CalibrationError(f"{file}: an .npy holds one array; the model has {_listing(inputs)}: use .npz")
+        return {inputs[0].name: _fit(file, arrays[""], inputs[0])}
+    missing = [spec for spec in inputs if spec.name not in arrays]
+    if missing:
+        raise CalibrationError(
+            f"{file}: no array {missing[0].name!r}; found {', '.join(found) or 'nothing'}; "
+            f"the model has {_listing(inputs)}"
+        )
+    return {spec.name: _fit(file, arrays[spec.name], spec) for spec in inputs}
+
+
+def _fit(file: Path, array: NDArray, spec: InputSpec) -> NDArray:
+    """The array in the type of the input, or a `CalibrationError`."""
+    found = f"{file}: {spec.name!r} is {array.dtype} {list(array.shape)}, the model input is {spec}"
+    fits = array.ndim == len(spec.shape) and all(
+        not isinstance(wanted, int) or wanted == n for wanted, n in zip(spec.shape[1:], array.shape[1:], strict=True)
+    )
+    if not fits:
+        raise CalibrationError(f"{found}; the first axis counts the samples, the others have to match")
+    if array.size == 0:
+        raise CalibrationError(f"{found}; there are no samples in it")
+    if array.dtype == spec.dtype:
+        converted = array
+    elif array.dtype.kind in "iu" and spec.dtype.kind == "f":
+        raise CalibrationError(f"{found}; convert and scale it as the model expects, e.g. x.astype('float32') / 255")
+    elif array.dtype.kind == spec.dtype.kind == "f":
+        with np.errstate(over="ignore"):
+            converted = array.astype(spec.dtype)
+    elif array.dtype.kind in "iu" and spec.dtype.kind in "iu":
+        converted = array.astype(spec.dtype)
+        if not np.array_equal(converted, array):
+            raise CalibrationError(f"{found}; it has values that {spec.dtype} cannot hold")
+    else:
+        raise CalibrationError(f"{found}; convert it")
+    if converted.dtype.kind == "f" and not np.isfinite(converted).all():
+        raise CalibrationError(f"{found}; it has NaN or infinite values")
+    return converted
+
+
+def _concrete_shape(spec: InputSpec, n: int, given: Sequence[int] | None, size: int) -> tuple[int, ...]:
+    if given is not None:
+        fits = len(given) == len(spec.shape) and all(
+            not isinstance(wanted, int) or wanted == g for wanted, g in zip(spec.shape, given, strict=True)
+        )
+        if not fits:
+            raise CalibrationError(f"shape {'x'.join(map(str, given))} does not fit the model input {spec}")
+    shape: list[int] = []
+    for axis, wanted in enumerate(spec.shape):
+        if axis == 0:
+            step = wanted if isinstance(wanted, int) else 1
+            shape.append(-(-n // step) * step)
+        elif isinstance(wanted, int):
+            shape.append(wanted)
+        elif given is not None:
+            shape.append(given[axis])
+        else:
+            shape.append(_CHANNELS if axis == 1 and len(spec.shape) >= 4 else size)
+    return tuple(shape)
+
+
+def _shape(dims: Sequence[int | str | None]) -> tuple[int | str | None, ...]:
+    """Sizes of 0 and less are how some exporters write an open axis."""
+    return tuple(None if isinstance(d, int) and d < 1 else d for d in dims)
+
+
+def _session_dtype(name: str, text: str) -> np.dtype:
+    kinds = {"float": "float32", "double": "float64"}
+    inner = text.removeprefix("tensor(").removesuffix(")")
+    try:
+        dtype = np.dtype(kinds.get(inner, inner))
+    except TypeError:
+        raise CalibrationError(f"model input {name!r} is {text}, not a tensor of numbers") from None
+    if dtype.kind not in "fiub":
+        raise CalibrationError(f"model input {name!r} is {text}, not a tensor of numbers")
+    return dtype
+
+
+def _listing(inputs: Sequence[InputSpec]) -> str:
+    return f"the input{'s' * (len(inputs) > 1)} {'; '.join(map(str, inputs))}" if inputs else "no inputs"
