@@ -1,0 +1,105 @@
+"""A model, a provider and a number of threads in, an onnxruntime session out, with every failure as one line.
+
+Models with our ops run through the op library, all others through onnxruntime as it is.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import onnx
+from numpy.typing import NDArray
+
+from tetris_onnx import runtime
+from tetris_onnx.calibration import Samples
+
+ModelSource: TypeAlias = str | Path | onnx.ModelProto
+
+DOMAIN = "ai.tetris"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+_FATAL = 4  # onnxruntime's log level: what it says is in the exception too
+
+
+class SessionError(ValueError):
+    """A model that onnxruntime cannot load or run, or a provider that it does not have."""
+
+
+def model_name(model: ModelSource) -> str:
+    """What to call a model in a message."""
+    return "the model" if isinstance(model, onnx.ModelProto) else str(model)
+
+
+def uses_our_ops(model: onnx.ModelProto) -> bool:
+    """Whether a model has ops of our domain."""
+    return any(opset.domain == DOMAIN for opset in model.opset_import)
+
+
+def import_onnxruntime() -> Any:
+    """The onnxruntime module. Raises `RuntimeMissingError` saying what to install."""
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError:
+        raise runtime.RuntimeMissingError(
+            "onnxruntime is not installed: pip install 'tetris-onnx[cpu]' (or 'tetris-onnx[gpu]')"
+        ) from None
+
+
+def open_session(
+    model: ModelSource, provider: str = "cpu", threads: int | None = None, profile: Path | None = None
+) -> Any:
+    """An onnxruntime session of ``model`` on ``provider`` ("cpu" or "cuda").
+
+    ``threads``: of one operator (None: onnxruntime's own choice); operators run one after another. ``profile``: prefix
+    of the file that the session's ``end_profiling`` writes. Raises `SessionError`.
+    """
+    ort = import_onnxruntime()
+    if provider not in PROVIDERS:
+        raise SessionError(f"no provider {provider!r}; choose one of {', '.join(PROVIDERS)}")
+    if PROVIDERS[provider] not in ort.get_available_providers():
+        raise SessionError(
+            f"this onnxruntime has no {PROVIDERS[provider]}: pip install 'tetris-onnx[gpu]' instead of [cpu]"
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = _FATAL
+    options.inter_op_num_threads = 1
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    providers = list(dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]]))
+    name = model_name(model)
+    try:
+        if isinstance(model, onnx.ModelProto):
+            source: str | bytes = model.SerializeToString()
+            ours = uses_our_ops(model)
+        else:
+            if not Path(model).is_file():
+                raise SessionError(f"{name}: no such file")
+            source = str(model)
+            ours = uses_our_ops(onnx.load(source, load_external_data=False))
+        create = runtime.InferenceSession if ours else ort.InferenceSession
+        session = create(source, sess_options=options, providers=providers)
+    except (SessionError, runtime.RuntimeMissingError):
+        raise
+    except Exception as error:  # onnxruntime, onnx and protobuf raise their own types, with no common base
+        raise SessionError(f"{name}: cannot be loaded ({_one_line(error)})") from None
+    if PROVIDERS[provider] not in session.get_providers():
+        raise SessionError(f"{PROVIDERS[provider]} does not start on this machine; `tetris-onnx doctor` says more")
+    return session
+
+
+def run(session: Any, feed: Samples, name: str) -> Sequence[NDArray]:
+    """All outputs of one run. Raises `SessionError` with ``name`` and what onnxruntime said."""
+    try:
+        return session.run(None, feed)
+    except Exception as error:  # see open_session
+        raise SessionError(f"{name}: does not run ({_one_line(error)})") from None
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:300] + "..."
