@@ -147,9 +147,40 @@ def _why_dense(node: gs.Node) -> str:
         return "the rank of its input is not known" if node.inputs[0].shape is None else "its input is a vector"
     if node.op == "Gemm" and not _is_normal(node):
         return "its bias or a transposed input is not in a form that can be reordered"
+    if node.op == "Conv" and conv_window(node) is None:
+        return "its padding depends on the input size"
     if node.op == "Conv" and len(node.inputs) > 2 and not node.inputs[2].is_empty() and not isinstance(node.inputs[2], gs.Constant):
         return "its bias is not a constant"
     return ""
+
+
+def conv_window(node: gs.Node) -> dict[str, list[int]] | None:
+    """kernel_shape, strides, pads and dilations of a Conv written out; None where ``auto_pad`` needs a size that is dynamic."""
+    kernel = list(node.inputs[1].shape[2:])
+    axes = len(kernel)
+    strides = list(node.attrs.get("strides", [1] * axes))
+    dilations = list(node.attrs.get("dilations", [1] * axes))
+    pads = list(node.attrs.get("pads", [0] * 2 * axes))
+    mode = node.attrs.get("auto_pad", "NOTSET")
+    if mode == "VALID":
+        pads = [0] * 2 * axes
+    elif mode in ("SAME_UPPER", "SAME_LOWER"):
+        sizes = node.inputs[0].shape[2:] if node.inputs[0].shape is not None else ["?"] * axes
+        ahead, behind = [], []
+        for size, k, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True):
+            reach = (k - 1) * dilation + 1
+            if isinstance(size, str):
+                if stride != 1:
+                    return None
+                size = reach  # any size gives the same padding
+            total = max((-(-size // stride) - 1) * stride + reach - size, 0)
+            small, large = total // 2, total - total // 2
+            ahead.append(small if mode == "SAME_UPPER" else large)
+            behind.append(large if mode == "SAME_UPPER" else small)
+        pads = ahead + behind
+    if min(pads, default=0) < 0:
+        return None
+    return {"kernel_shape": kernel, "strides": strides, "pads": pads, "dilations": dilations}
 
 
 def _is_normal(gemm: gs.Node) -> bool:

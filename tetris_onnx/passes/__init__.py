@@ -1,1 +1,27 @@
-"""Graph passes. Each file is one pass, a pure function from graph to graph."""
+"""Graph passes. Each file is one pass, named like its function; `run_passes` applies them to copies of a graph."""
+
+from tetris_onnx.passes.absorb_gathers import absorb_gathers
+from tetris_onnx.passes.attach_fallback import attach_fallback
+from tetris_onnx.passes.fold_gathers import fold_gathers
+from tetris_onnx.passes.fuse_batchnorm import fuse_batchnorm
+from tetris_onnx.passes.fuse_epilogue import fuse_epilogue
+from tetris_onnx.passes.lower_block_sparse import lower_block_sparse
+from tetris_onnx.passes.normalize_layers import normalize_layers
+from tetris_onnx.passes.pipeline import Pass, PassError, run_passes
+from tetris_onnx.passes.prune_blocks import prune_blocks
+from tetris_onnx.passes.reorder_weights import reorder_weights
+
+__all__ = [
+    "Pass",
+    "PassError",
+    "absorb_gathers",
+    "attach_fallback",
+    "fold_gathers",
+    "fuse_batchnorm",
+    "fuse_epilogue",
+    "lower_block_sparse",
+    "normalize_layers",
+    "prune_blocks",
+    "reorder_weights",
+    "run_passes",
+]

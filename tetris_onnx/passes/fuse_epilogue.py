@@ -1,0 +1,65 @@
+"""Move what follows one of our operators into it: the bias Add of a matrix product, and a Relu or Clip."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from tetris_onnx.graph.layers import Layer, find_layers
+from tetris_onnx.passes.surgery import only_consumer, remove_node, set_constant
+
+
+def fuse_epilogue(graph: gs.Graph) -> None:
+    """Apply the pass."""
+    for layer in find_layers(graph):
+        if not layer.block_sparse:
+            continue
+        follower = only_consumer(graph, layer.output)
+        if follower is not None and follower.op == "Add" and _add_bias(layer, follower):
+            _take_over(graph, layer, follower)
+            follower = only_consumer(graph, layer.output)
+        if follower is not None and follower.domain in (None, "", "ai.onnx"):
+            bounds = _bounds(follower)
+            if bounds is not None:
+                layer.node.attrs["activation_min"], layer.node.attrs["activation_max"] = bounds
+                _take_over(graph, layer, follower)
+
+
+def _take_over(graph: gs.Graph, layer: Layer, follower: gs.Node) -> None:
+    result = follower.outputs[0]
+    remove_node(graph, follower)
+    layer.node.outputs = [result]
+
+
+def _add_bias(layer: Layer, add: gs.Node) -> bool:
+    """Put the constant vector of ``add`` into the layer's bias, where it is one."""
+    operand = add.inputs[1] if add.inputs[0] is layer.output else add.inputs[0]
+    out, shape = layer.weight_shape[0], layer.output.shape
+    if not isinstance(operand, gs.Constant) or operand.dtype != np.float32 or shape is None or layer.out_axis is None:
+        return False
+    if len(operand.shape) > len(shape):
+        return False
+    padded = (1,) * (len(shape) - len(operand.shape)) + tuple(operand.shape)
+    if padded[layer.out_axis] not in (1, out) or any(d != 1 for a, d in enumerate(padded) if a != layer.out_axis):
+        return False
+    vector = np.broadcast_to(operand.values.reshape(-1), (out,))
+    bias = layer.bias
+    set_constant(layer.node, 5, vector if bias is None else bias + vector, f"{layer.node.name}/bias")
+    return True
+
+
+def _bounds(node: gs.Node) -> tuple[float, float] | None:
+    """(min, max) that ``node`` clips to, where it is a Relu or a Clip with constant limits."""
+    if node.op == "Relu":
+        return 0.0, float("inf")
+    if node.op != "Clip":
+        return None
+    limits = [float("-inf"), float("inf")]
+    for slot in (1, 2):
+        if slot < len(node.inputs) and not node.inputs[slot].is_empty():
+            limit = node.inputs[slot]
+            if not isinstance(limit, gs.Constant) or limit.values.size != 1:
+                return None
+            limits[slot - 1] = float(limit.values.reshape(-1)[0])
+    low, high = limits
+    return (low, high) if low <= high else None  # false for NaN too

@@ -1,0 +1,82 @@
+"""Replace each planned layer by our operator, with only the kept blocks of its reordered weight stored.
+
+The specification of the operators is in custom_ops/README.md. Their permutations are the identity here: what the Gathers
+around them do moves in later (absorb_gathers).
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from tetris_onnx.algorithms.packing import pack
+from tetris_onnx.algorithms.permutation import identity
+from tetris_onnx.graph.layers import CONV, DOMAIN, GEMM, Layer, conv_window, find_layers
+from tetris_onnx.plan import LayerPlan, Plan
+
+# What the slots of both operators are called.
+INPUTS = ("X", "blocks", "block_index", "input_perm", "output_perm", "bias")
+
+
+class ConstantPool:
+    """Makes constants; equal values are stored once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple, gs.Constant] = {}
+
+    def __call__(self, name: str, values: NDArray) -> gs.Constant:
+        """A constant with these values: a new one under ``name``, or one made before."""
+        values = np.ascontiguousarray(values)
+        key = values.dtype.str, values.shape, hashlib.blake2b(values.tobytes(), digest_size=16).digest()
+        return self._made.setdefault(key, gs.Constant(name, values))
+
+
+def lower_block_sparse(graph: gs.Graph, plan: Plan) -> None:
+    """Apply the pass."""
+    pool = ConstantPool()
+    lowered = False
+    for layer in find_layers(graph):
+        decision = plan.get(layer.name)
+        if decision is not None:
+            _lower(layer, decision, pool)
+            lowered = True
+    if lowered and all(domain.domain != DOMAIN for domain in graph.import_domains):
+        graph.import_domains.append(onnx.helper.make_opsetid(DOMAIN, 1))
+
+
+def _lower(layer: Layer, plan: LayerPlan, pool: ConstantPool) -> None:
+    node, name = layer.node, layer.name
+    packed = pack(layer.weight, plan.keep, plan.block_size)
+    blocks, block_index = packed.blocks, packed.block_index
+    if not len(block_index):  # the fallback function cannot reshape an empty tensor: one block of zeros is the same weight
+        blocks = np.zeros((1, *blocks.shape[1:]), blocks.dtype)
+        block_index = np.zeros((1, 2), np.int64)
+    out, in_ = layer.weight_shape[:2]
+    attributes: dict = {
+        "weight_shape": list(layer.weight_shape),
+        "block_size": list(plan.block_size),
+        "activation_min": float("-inf"),
+        "activation_max": float("inf"),
+    }
+    if layer.is_conv:
+        window = conv_window(node)
+        assert window is not None  # such a layer is never planned
+        attributes |= window | {"group": 1}
+    bias = layer.bias
+    inputs = [
+        layer.data,
+        pool(f"{name}/blocks", blocks),
+        pool(f"{name}/block_index", block_index),
+        pool(f"{name}/input_perm", identity(in_)),
+        pool(f"{name}/output_perm", identity(out)),
+    ]
+    if bias is None and not layer.is_conv:  # MatMul has no optional bias that the fallback function could pass on
+        bias = np.zeros(out, np.float32)
+    if bias is not None:
+        inputs.append(pool(f"{name}/bias_reordered", bias))
+    node.op, node.domain, node.attrs = (CONV if layer.is_conv else GEMM), DOMAIN, attributes
+    node.inputs = inputs

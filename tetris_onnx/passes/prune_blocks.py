@@ -1,0 +1,47 @@
+"""Set the blocks that a plan drops to zero, in the layers' own channel order.
+
+The result is the dense model that every later pass has to reproduce.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from tetris_onnx.algorithms.blocks import expand_keep
+from tetris_onnx.algorithms.permutation import inverse
+from tetris_onnx.graph.layers import find_layers
+from tetris_onnx.passes.surgery import set_constant
+from tetris_onnx.plan import LayerPlan, Plan
+
+
+def prune_blocks(graph: gs.Graph, plan: Plan) -> None:
+    """Apply the pass. Layers that share a weight get their own where their plans differ."""
+    pruned: dict[int, list[tuple[LayerPlan, gs.Constant]]] = {}
+    for layer in find_layers(graph):
+        decision = plan.get(layer.name)
+        if decision is None:
+            continue
+        original = layer.node.inputs[1]
+        made = pruned.setdefault(id(original), [])
+        shared = next((c for p, c in made if _same(p, decision)), None)
+        if shared is None:
+            weight = layer.weight
+            keep = weight_mask(decision).reshape(*decision.shape, *[1] * (weight.ndim - 2))
+            set_constant(layer.node, 1, layer.stored(np.where(keep, weight, np.float32(0))), f"{layer.name}/weight")
+            # Held by the pair, so that the id of the original is not used again.
+            made.append((decision, layer.node.inputs[1]))
+        else:
+            layer.node.inputs[1] = shared
+
+
+def weight_mask(plan: LayerPlan) -> np.ndarray:
+    """Which weights [out, in] survive, in the layer's own channel order."""
+    reordered = expand_keep(plan.keep, plan.block_size, plan.shape)
+    return reordered[inverse(plan.out_perm)][:, inverse(plan.in_perm)]
+
+
+def _same(a: LayerPlan, b: LayerPlan) -> bool:
+    return a.block_size == b.block_size and all(
+        np.array_equal(getattr(a, f), getattr(b, f)) for f in ("out_perm", "in_perm", "keep")
+    )

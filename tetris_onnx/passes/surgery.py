@@ -1,0 +1,60 @@
+"""Edits that several passes make. All names are built on the name of a layer or node, so that dumps can be read."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from tetris_onnx.algorithms.permutation import is_identity
+
+
+def add_gather(
+    graph: gs.Graph, data: gs.Tensor, perm: NDArray[np.int64], axis: int, name: str, output: gs.Variable | None = None
+) -> gs.Tensor:
+    """``data`` with ``axis`` in the order ``perm``: ``data`` itself where that changes nothing (and no ``output`` is given)."""
+    if is_identity(perm) and output is None:
+        return data
+    if output is None:
+        output = gs.Variable(f"{name}/gathered", data.dtype, data.shape)
+    indices = gs.Constant(f"{name}/order", np.ascontiguousarray(perm, np.int64))
+    graph.nodes.append(gs.Node("Gather", f"{name}/Gather", {"axis": axis}, [data, indices], [output]))
+    return output
+
+
+def set_constant(node: gs.Node, slot: int, values: NDArray, name: str) -> None:
+    """Give an input of one node new values. Other users of the old constant keep it."""
+    constant = gs.Constant(name, np.ascontiguousarray(values))
+    if slot < len(node.inputs):
+        node.inputs[slot] = constant
+    else:
+        node.inputs.extend(gs.Variable.empty() for _ in range(slot - len(node.inputs)))
+        node.inputs.append(constant)
+
+
+def replace_uses(old: gs.Tensor, new: gs.Tensor) -> None:
+    """Let every node that reads ``old`` read ``new``. (A graph output keeps its producer: see the callers.)"""
+    for node in list(old.outputs):
+        for slot, tensor in enumerate(node.inputs):
+            if tensor is old:
+                node.inputs[slot] = new
+
+
+def is_output(graph: gs.Graph, tensor: gs.Tensor) -> bool:
+    """Whether ``tensor`` is an output of the model."""
+    return any(tensor is output for output in graph.outputs)
+
+
+def only_consumer(graph: gs.Graph, tensor: gs.Tensor) -> gs.Node | None:
+    """The one node of the main graph that reads ``tensor``; None where there are others or it is a model output."""
+    if len(tensor.outputs) != 1 or is_output(graph, tensor):
+        return None
+    node = tensor.outputs[0]
+    return node if any(node is other for other in graph.nodes) else None
+
+
+def remove_node(graph: gs.Graph, node: gs.Node) -> None:
+    """Take a node out, with its inputs and outputs."""
+    node.inputs.clear()
+    node.outputs.clear()
+    graph.nodes = [n for n in graph.nodes if n is not node]
