@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from tetris_onnx import runtime
 from tetris_onnx.calibration import Samples
+from tetris_onnx.graph.layers import DOMAIN
 
 ModelSource: TypeAlias = str | Path | onnx.ModelProto
 
-DOMAIN = "ai.tetris"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _FATAL = 4  # onnxruntime's log level: what it says is in the exception too
 

@@ -1,0 +1,509 @@
+"""The commands: parse, call, print. Results go to stdout, progress and errors to stderr.
+
+Exit codes: 0 done (``optimize``: written and verified), 1 an error, 2 wrong usage, 130 interrupted. Modules are imported
+by the command that needs them, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import json as json_format
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from tetris_onnx.config import (
+    GATHERS,
+    IMPORTANCES,
+    REORDERS,
+    Config,
+    load_config,
+    parse_block_size,
+)
+
+if TYPE_CHECKING:
+    from tetris_onnx.report import LayerReport, Report
+
+# Tables in a pipe or a log file are not cut to 80 columns.
+_PIPE_WIDTH = 160
+_BENCH_SECONDS = 3.0
+
+_PRUNED_WITHOUT_RECOVERY = (
+    "the weights were pruned and nothing was retrained: expect the accuracy to drop at this sparsity. Measure it on "
+    "labelled samples (--data FILE.npz); if it is too low, prune less (--sparsity 0.3), keep the first layers dense "
+    "(--config), or fine-tune the model and apply the same plan again (--save-plan, then --plan)"
+)
+
+
+class UsageError(ValueError):
+    """Options that do not go together, or files that cannot be written where they are asked for."""
+
+
+app = typer.Typer(
+    name="tetris-onnx",
+    help="Make ONNX models block-sparse, and fast in onnxruntime.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Provider = Annotated[str, typer.Option(metavar="cpu|cuda", help="What onnxruntime runs on.")]
+Shape = Annotated[
+    list[str] | None,
+    typer.Option("--shape", metavar="NAME=1x3x224x224", help="Shape of a random input that the model leaves open."),
+]
+BlockSize = Annotated[
+    str | None,
+    typer.Option(metavar="ROWSxCOLS", help="Out x in channels of a block.", show_default="32x32"),
+]
+
+
+def main() -> None:
+    """The ``tetris-onnx`` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(args: Sequence[str]) -> int:
+    """Run a command line and return its exit code; every error is one line on stderr."""
+    debug = "--debug" in args
+    try:
+        code = app(args=[a for a in args if a != "--debug"], prog_name="tetris-onnx", standalone_mode=False)
+        return int(code or 0)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {_describe(error)}", file=sys.stderr)
+        return getattr(error, "exit_code", 1)
+
+
+def _describe(error: Exception) -> str:
+    if hasattr(error, "format_message"):  # a usage error of typer, which has its own copy of click in later versions
+        return f"{' '.join(error.format_message().split())} (see tetris-onnx --help)"
+    text = " ".join(str(error).split())
+    if type(error).__module__.split(".")[0] == __package__:
+        return text
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {text} (unexpected: run again with --debug to see where, and please report it)"
+
+
+def _version(value: bool) -> None:
+    if value:
+        try:
+            print(f"tetris-onnx {metadata.version('tetris-onnx')}")
+        except metadata.PackageNotFoundError:
+            print("tetris-onnx (not installed)")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where an error comes from.")] = False,
+) -> None:
+    """Make ONNX models block-sparse, and fast in onnxruntime."""
+
+
+@app.command()
+def optimize(
+    model: Model,
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.", show_default=False)],
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Share of each layer's weights to prune.", show_default="0.5"),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="TOML file with the options of each layer."),
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="Apply a plan saved by --save-plan instead of searching for one."),
+    ] = None,
+    block_size: BlockSize = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help=".npz (or folder of them) with real inputs: the result is verified on them too."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help=".npz with inputs and labels: measure the accuracy before and after."),
+    ] = None,
+    bench: Annotated[bool, typer.Option(help="Time the model before and after (one thread).")] = False,
+    gathers: Annotated[
+        str | None,
+        typer.Option(metavar="|".join(GATHERS), help="What becomes of the channel reorderings.", show_default="absorb"),
+    ] = None,
+    reorder: Annotated[
+        str | None,
+        typer.Option(metavar="|".join(REORDERS), help="How to search for channel orders.", show_default="exact"),
+    ] = None,
+    importance: Annotated[
+        str | None,
+        typer.Option(metavar="|".join(IMPORTANCES), help="What a weight is worth.", show_default="auto"),
+    ] = None,
+    save_plan: Annotated[
+        Path | None,
+        typer.Option(help="Write the plan (.npz)."),
+    ] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write the report (.html, .json or .md)."),
+    ] = None,
+    dump_passes: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the model after each pass."),
+    ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Of the search.", show_default="0"),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Reorder and prune MODEL in blocks, verify the result and write it."""
+    searched = {
+        "--sparsity": sparsity,
+        "--config": config,
+        "--block-size": block_size,
+        "--reorder": reorder,
+        "--importance": importance,
+        "--seed": seed,
+    }
+    if plan is not None:
+        _refuse_together("--plan", searched)
+    chosen = _config(config, sparsity, block_size, gathers, reorder, importance, seed)
+    _check_outputs(model, {"-o": output, "--save-plan": save_plan, "--report": report})
+    if dump_passes is not None and dump_passes.exists() and not dump_passes.is_dir():
+        raise UsageError(f"--dump-passes {dump_passes}: not a folder")
+
+    from tetris_onnx.graph import io
+    from tetris_onnx.optimize import optimize as run_optimize
+    from tetris_onnx.plan import Plan
+    from tetris_onnx.report import check_report_path, print_report, to_json, write_report
+
+    if report is not None:
+        check_report_path(report)
+    loaded_plan = None if plan is None else Plan.load(plan)
+    _check_data(model, [path for path in (calibration, data) if path is not None])
+    with _progress() as progress:
+        result = run_optimize(
+            model, chosen, plan=loaded_plan, calibration=calibration, progress=progress, dump_passes=dump_passes
+        )
+        outcome = replace(result.report, model=str(model), output=str(output))
+        if any(row.status == "block-sparse" for row in outcome.layers) and plan is None:
+            outcome = replace(outcome, notes=(*outcome.notes, _PRUNED_WITHOUT_RECOVERY))
+        # Everything that can fail comes before the first file is written.
+        if data is not None:
+            outcome = _with_accuracy(outcome, model, result.model, data, progress)
+        if bench:
+            outcome = _with_times(outcome, model, result.model, progress)
+    io.save(result.model, output)
+    if save_plan is not None:
+        result.plan.save(save_plan)
+    if report is not None:
+        write_report(outcome, report)
+    if json:
+        sys.stdout.write(to_json(outcome))
+    else:
+        print_report(outcome, _console())
+
+
+@app.command()
+def inspect(
+    model: Model,
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Share of each layer's weights to prune.", show_default="0.5"),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="TOML file with the options of each layer."),
+    ] = None,
+    block_size: BlockSize = None,
+    json: Json = False,
+) -> None:
+    """List the layers of MODEL: shapes, which can be pruned, why not, and what pruning could win."""
+    chosen = _config(config, sparsity, block_size)
+
+    from tetris_onnx.planner import inspect as run_inspect
+    from tetris_onnx.report import count, layer_table, percent
+
+    layers = run_inspect(model, chosen)
+    unused = chosen.unused_patterns(row.node for row in layers)
+    before, after = _predict(layers, chosen)
+    prunable = sum(row.status == "prunable" for row in layers)
+    if json:
+        from dataclasses import asdict
+
+        value = {
+            "model": str(model),
+            "layers": [asdict(row) for row in layers],
+            "macs": before,
+            "predicted_macs": after,
+            "predicted_speedup": before / after if before and after else None,
+            "unused_patterns": unused,
+        }
+        _print_json(value)
+        return
+    console = _console()
+    console.print(layer_table(layers, str(model)))
+    console.print(f"{prunable} of {len(layers)} layers can be pruned", highlight=False)
+    if before is not None and after:
+        console.print(
+            f"multiplications {count(before)} -> {count(after)} ({percent(after / before)}): at most "
+            f"{before / after:.2f}x faster, as far as they are what the model spends its time on",
+            highlight=False,
+        )
+    for pattern in unused:
+        console.print(f"note: no layer matches {pattern!r}", style="yellow", markup=False, highlight=False)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="An ONNX file.", show_default=False)],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.", show_default=False)],
+    data: Annotated[
+        Path | None,
+        typer.Option(help=".npz with one array per input; an array 'label' gives the accuracy.", show_default="random"),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(min=0, help="Exit with 1 if the largest error / max|y| is above."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Number of random samples.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random samples.")] = 0,
+    shape: Shape = None,
+    provider: Provider = "cpu",
+    json: Json = False,
+) -> None:
+    """Run A and B on the same inputs and say how far their outputs are apart."""
+    from tetris_onnx.calibration import parse_shapes
+    from tetris_onnx.compare import CompareError, print_comparison
+    from tetris_onnx.compare import compare as run_compare
+
+    with _progress() as progress:
+        result = run_compare(
+            a,
+            b,
+            data,
+            samples=samples,
+            seed=seed,
+            shapes=parse_shapes(shape or []),
+            provider=provider,
+            progress=lambda done, total: progress("compare", done, total),
+        )
+    if json:
+        _print_json(result.to_dict())
+    else:
+        print_comparison(result, _console())
+    if tolerance is not None and not result.relative <= tolerance:
+        raise CompareError(f"the models differ by {result.relative:.2e} of max|y|, more than --tolerance {tolerance:g}")
+
+
+@app.command()
+def bench(
+    a: Annotated[Path, typer.Argument(metavar="A", help="An ONNX file.", show_default=False)],
+    b: Annotated[
+        Path | None,
+        typer.Argument(metavar="[B]", help="Another one, timed in turns with A.", show_default=False),
+    ] = None,
+    threads: Annotated[str, typer.Option(metavar="N,...", help="Threads of one operator; a list runs each.")] = "1",
+    provider: Provider = "cpu",
+    batch: Annotated[int, typer.Option(min=1, help="Samples of one run.")] = 1,
+    seconds: Annotated[float, typer.Option(min=0.001, help="How long to measure, at least 5 rounds.")] = 5.0,
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Number of turns of each model, instead of --seconds."),
+    ] = None,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="Also the time of each layer.")] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(help=".npz with one array per input.", show_default="random"),
+    ] = None,
+    shape: Shape = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the random inputs.")] = 0,
+    json: Json = False,
+) -> None:
+    """Time A, or A against B, in turns; print medians and their ratio."""
+    from tetris_onnx.bench import bench as run_bench
+    from tetris_onnx.bench import parse_threads, print_bench
+    from tetris_onnx.calibration import parse_shapes
+
+    shapes = parse_shapes(shape or [])
+    results = []
+    for n in parse_threads(threads):
+        with _progress() as progress:
+            result = run_bench(
+                a,
+                b,
+                threads=n,
+                provider=provider,
+                batch=batch,
+                rounds=rounds,
+                seconds=seconds,
+                per_layer=per_layer,
+                seed=seed,
+                data=data,
+                shapes=shapes,
+                progress=_percent_of("bench", progress),
+            )
+        results.append(result)
+        if not json:
+            print_bench(result, _console())
+    if json:
+        _print_json({"results": [result.to_dict() for result in results]})
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Check versions, providers, the op library, instruction sets and GPU."""
+    from tetris_onnx.doctor import diagnose, print_diagnosis
+
+    diagnosis = diagnose()
+    if json:
+        _print_json(diagnosis.to_dict())
+    else:
+        print_diagnosis(diagnosis, _console())
+    if not diagnosis.usable:
+        raise typer.Exit(1)
+
+
+def _config(
+    path: Path | None,
+    sparsity: float | None,
+    block_size: str | None,
+    gathers: str | None = None,
+    reorder: str | None = None,
+    importance: str | None = None,
+    seed: int | None = None,
+) -> Config:
+    """The config file's options with those of the command line on top."""
+    if path is not None:
+        _refuse_together("--config", {"--sparsity": sparsity})
+    values = {
+        "sparsity": sparsity,
+        "block_size": None if block_size is None else parse_block_size(block_size),
+        "gathers": gathers,
+        "reorder": reorder,
+        "importance": importance,
+        "seed": seed,
+    }
+    base = Config() if path is None else load_config(path)
+    return replace(base, **{name: value for name, value in values.items() if value is not None})  # type: ignore[arg-type]
+
+
+def _refuse_together(option: str, others: dict[str, Any]) -> None:
+    for other, value in others.items():
+        if value is not None:
+            raise UsageError(f"{option} and {other} exclude each other: leave one out")
+
+
+def _check_outputs(model: Path, outputs: dict[str, Path | None]) -> None:
+    """Refuse what could not be written, or would overwrite the input, before any work is done."""
+    taken = {model.resolve(): "MODEL"}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        other = taken.setdefault(path.resolve(), option)
+        if other != option or (path.exists() and model.exists() and path.samefile(model)):
+            raise UsageError(f"{option} {path}: the same file as {other}; nothing is overwritten in place")
+        if path.is_dir():
+            raise UsageError(f"{option} {path}: a folder; give the name of a file")
+        if not path.parent.is_dir():
+            raise UsageError(f"{option} {path}: the folder {path.parent} does not exist; create it first")
+
+
+def _check_data(model: Path, files: Sequence[Path]) -> None:
+    """Find mistakes in data files before the search, not after."""
+    if not files:
+        return
+    from tetris_onnx.calibration import load_labels, load_samples, model_inputs
+    from tetris_onnx.graph import io
+
+    inputs = model_inputs(io.load(model))
+    for file in files:
+        load_samples(file, inputs)
+        load_labels(file, inputs)
+
+
+def _with_accuracy(
+    report: Report, model: Path, result: Any, data: Path, progress: Callable[[str, int, int], None]
+) -> Report:
+    from tetris_onnx.compare import compare as run_compare
+
+    found = run_compare(model, result, data, progress=lambda done, total: progress("accuracy", done, total))
+    report = replace(report, agreement=found.agreement, labelled=found.samples)
+    if found.accuracy_a is None or found.accuracy_b is None:
+        return replace(report, notes=(*report.notes, f"{data} has no array 'label', so there is no accuracy"))
+    return replace(report, accuracy=(found.accuracy_a, found.accuracy_b))
+
+
+def _with_times(report: Report, model: Path, result: Any, progress: Callable[[str, int, int], None]) -> Report:
+    from tetris_onnx.bench import bench as run_bench
+
+    found = run_bench(model, result, seconds=_BENCH_SECONDS, progress=_percent_of("bench", progress))
+    assert found.speedup is not None
+    assert found.interval is not None
+    first, second = (timing.median_ms for timing in found.timings)
+    return replace(report, milliseconds=(first, second), speedup=(found.speedup, *found.interval))
+
+
+def _predict(layers: Sequence[LayerReport], config: Config) -> tuple[int | None, int | None]:
+    """Multiplications of one sample (now, pruned as ``config`` says); None where a shape is unknown."""
+    before = after = 0.0
+    for row in layers:
+        if row.macs is None:
+            return None, None
+        before += row.macs
+        after += row.macs * (1 - config.for_layer(row.node).sparsity * (row.status == "prunable"))
+    return round(before), round(after)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars on stderr, gone when the work is done; nothing where stderr is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def advance(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield advance
+
+
+def _percent_of(stage: str, progress: Callable[[str, int, int], None]) -> Callable[[float], None]:
+    return lambda share: progress(stage, min(100, round(100 * share)), 100)
+
+
+def _console() -> Console:
+    return Console() if sys.stdout.isatty() else Console(width=_PIPE_WIDTH)
+
+
+def _print_json(value: object) -> None:
+    print(json_format.dumps(value, indent=2, allow_nan=False))
