@@ -12,7 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from tetris_onnx.algorithms.permutation import compose, expand, identity, is_identity
+from tetris_onnx.algorithms.permutation import compose, expand, identity, inverse, is_identity
 from tetris_onnx.graph.channels import ChannelAxis, End, Region, find_region, gather_permutation
 from tetris_onnx.passes.surgery import add_gather, is_output, only_consumer, remove_node, replace_uses, set_constant
 
@@ -32,7 +32,7 @@ def fold_gathers(graph: gs.Graph) -> None:
 
 
 def permute_parameters(region: Region, perm: NDArray[np.int64]) -> None:
-    """Reorder the region's per-channel constants by ``perm`` [channels]."""
+    """Let the region's per-channel constants have the order ``perm`` [channels]: ``constant[perm]``."""
     for end in region.parameters:
         values = end.node.inputs[end.slot].values
         order = expand(perm, end.where.outer, end.where.inner)
@@ -52,7 +52,7 @@ def _sink(graph: gs.Graph, gather: gs.Node) -> bool:
         return False  # it stands at the end already
     if any(sink.node.op == "Concat" for sink in region.sinks) and not _concats_can_take(graph, region):
         return False
-    permute_parameters(region, perm)
+    permute_parameters(region, inverse(perm))  # a * x[p] = (a[inverse(p)] * x)[p]
     for sink in region.sinks:
         order = expand(perm, sink.where.outer, sink.where.inner)
         following = gather_permutation(sink.node)

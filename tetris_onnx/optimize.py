@@ -1,0 +1,176 @@
+"""The pipeline: a dense ONNX model in, a verified block-sparse one out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from tetris_onnx.compare import compare
+from tetris_onnx.config import Config
+from tetris_onnx.graph import io
+from tetris_onnx.graph.channels import gather_permutation
+from tetris_onnx.passes import (
+    Pass,
+    absorb_gathers,
+    attach_fallback,
+    fold_gathers,
+    fuse_batchnorm,
+    fuse_epilogue,
+    lower_block_sparse,
+    normalize_layers,
+    prune_blocks,
+    reorder_weights,
+    run_passes,
+)
+from tetris_onnx.plan import Plan
+from tetris_onnx.planner import Progress, make_plan, match_plan, prepare
+from tetris_onnx.report import Report
+
+# Samples of the verification: the models run one after the other, and the check is of every value they give.
+_RANDOM_SAMPLES = 2
+
+
+class VerificationError(RuntimeError):
+    """The block-sparse model does not compute what it should; it must not be used."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `optimize` gives back."""
+
+    model: onnx.ModelProto
+    plan: Plan
+    report: Report
+
+
+def optimize(
+    model: str | Path | onnx.ModelProto,
+    config: Config | None = None,
+    plan: Plan | None = None,
+    calibration: str | Path | None = None,
+    progress: Progress | None = None,
+    dump_passes: str | Path | None = None,
+) -> Result:
+    """Reorder, prune and lower the layers of ``model``, and verify the result in onnxruntime.
+
+    The result is compared with the dense model in which the same blocks are zero, on random inputs and on the samples of
+    ``calibration`` (an .npz with one array per model input). ``plan`` replaces the search; ``dump_passes`` is a folder for
+    the model after each pass. ``model`` is not changed.
+
+    Raises `ModelError` (a file that is no model), `PlanError` (a plan for another model), `PassError` and `VerificationError`
+    (a mistake of ours: the model must not be used).
+    """
+    config = config or Config()
+    clock = _Clock(progress)
+    with clock.stage("load"):
+        original = io.load(model) if isinstance(model, (str, Path)) else model
+        source = io.raise_opset(original)
+        graph = io.to_graph(source)
+        before = {node.name for node in graph.nodes if gather_permutation(node) is not None}
+    with clock.stage("plan"):
+        prepared = prepare(graph)
+        if plan is None:
+            plan, rows = make_plan(prepared, config, progress)
+        else:
+            rows = match_plan(prepared, plan, config)
+    with clock.stage("rewrite"):
+        folder = None if dump_passes is None else Path(dump_passes)
+        graph = run_passes(graph, pipeline(plan, config.gathers), folder, source)
+        gathers = sum(gather_permutation(node) is not None and node.name not in before for node in graph.nodes)
+        result = io.to_proto(graph, source)
+    with clock.stage("verify"):
+        error = verify(result, masked_dense(source, plan), config.tolerance, calibration)
+    report = Report(
+        model=str(model) if isinstance(model, (str, Path)) else original.graph.name,
+        output="",
+        layers=tuple(rows),
+        gathers=gathers,
+        bytes_before=original.ByteSize(),
+        bytes_after=result.ByteSize(),
+        max_error=error,
+        seconds=clock.seconds,
+        importance="l1" if config.importance == "auto" else config.importance,
+        notes=_notes(config, plan, rows),
+    )
+    return Result(result, plan, report)
+
+
+def pipeline(plan: Plan, gathers: str = "absorb") -> list[Pass]:
+    """The passes that turn a dense graph into a block-sparse one, in order.
+
+    Pruning comes before reordering (the same blocks, in the layer's own order), so that every later pass has to leave the
+    result as it is; Gathers are absorbed after lowering, when the operators are there to take them.
+    """
+    steps: list[tuple[str, Callable[[gs.Graph], None]]] = [
+        ("normalize_layers", normalize_layers),
+        ("fuse_batchnorm", fuse_batchnorm),
+        ("prune_blocks", partial(prune_blocks, plan=plan)),
+        ("reorder_weights", partial(reorder_weights, plan=plan)),
+        ("fold_gathers", fold_gathers),
+        ("lower_block_sparse", partial(lower_block_sparse, plan=plan)),
+    ]
+    if gathers == "absorb":
+        steps.append(("absorb_gathers", absorb_gathers))
+    steps += [("fuse_epilogue", fuse_epilogue), ("attach_fallback", attach_fallback)]
+    return [Pass(name, apply) for name, apply in steps]
+
+
+def masked_dense(model: onnx.ModelProto, plan: Plan) -> onnx.ModelProto:
+    """The dense model with the blocks that ``plan`` drops set to zero: what the block-sparse one has to compute."""
+    steps = [Pass("normalize_layers", normalize_layers), Pass("prune_blocks", partial(prune_blocks, plan=plan))]
+    return io.to_proto(run_passes(io.to_graph(model), steps), model)
+
+
+def verify(
+    model: onnx.ModelProto, reference: onnx.ModelProto, tolerance: float, data: str | Path | None = None
+) -> float:
+    """The largest error of ``model`` relative to max|y| of ``reference``, on random inputs and those of ``data``.
+
+    Raises `VerificationError` when it is above ``tolerance`` (or not a number).
+    """
+    runs = [compare(reference, model, samples=_RANDOM_SAMPLES)]
+    if data is not None:
+        runs.append(compare(reference, model, data))
+    error = max(run.relative for run in runs)
+    if not error <= tolerance:
+        raise VerificationError(
+            f"the block-sparse model differs from the dense one with the same blocks zeroed by {error:.1e} of max|y| "
+            f"(at most {tolerance:.1e} is right); nothing was written. Please report this with the model"
+        )
+    return error
+
+
+def _notes(config: Config, plan: Plan, rows: list) -> tuple[str, ...]:
+    notes = []
+    unused = config.unused_patterns(row.node for row in rows)
+    if unused:
+        listing = ", ".join(repr(pattern) for pattern in unused)
+        notes.append(f"no layer matches {listing} (tetris-onnx inspect lists the names)")
+    if not len(plan):
+        notes.append("no layer was pruned: the result computes what the original does")
+    return tuple(notes)
+
+
+class _Clock:
+    """Seconds per stage, and the stages as progress."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.seconds: dict[str, float] = {}
+        self._progress = progress
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        if self._progress is not None:
+            self._progress(name, 0, 1)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+        if self._progress is not None:
+            self._progress(name, 1, 1)

@@ -1,0 +1,243 @@
+"""Decide what to do with each layer: which ones to prune, in which blocks, in which channel order.
+
+    model + config -> Plan, and a row per layer that says what was decided and why
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from joblib import Parallel, cpu_count, delayed
+from numpy.typing import NDArray
+
+from tetris_onnx.algorithms.blocks import block_grid, block_sums, fit_block_size, keep_count
+from tetris_onnx.algorithms.importance import importance
+from tetris_onnx.algorithms.reorder import BlockPruner, Reordering, reorder
+from tetris_onnx.config import Config, LayerConfig
+from tetris_onnx.graph import io
+from tetris_onnx.graph.layers import Layer, find_layers
+from tetris_onnx.passes import Pass, fuse_batchnorm, normalize_layers, run_passes
+from tetris_onnx.plan import LayerPlan, Plan, PlanError
+from tetris_onnx.report import LayerReport
+
+# Called with (stage, steps done, all steps) while something takes its time.
+Progress: TypeAlias = Callable[[str, int, int], None]
+
+# Blocks narrower than this cannot fill a vector register: such layers stay dense unless a rule asks for them.
+_SMALLEST_BLOCK = 8
+# A layer with fewer multiplications runs for less time than its call takes.
+_FEWEST_MULTIPLICATIONS = 2**15
+# Below this many weights in all, starting worker processes costs more than they save.
+_WORTH_PROCESSES = 2**21
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A layer, the options that hold for it, and why it stays dense ("" where it does not)."""
+
+    layer: Layer
+    options: LayerConfig
+    block_size: tuple[int, int]
+    first: bool  # reads an input of the model with no other layer between
+    last: bool  # its result reaches an output of the model with no other layer between
+    why_dense: str
+
+
+def inspect(model: str | Path | onnx.ModelProto, config: Config | None = None) -> list[LayerReport]:
+    """One row per layer of a model: its shape, and whether it would be pruned or why not.
+
+    Raises `ModelError` for a file that is no model.
+    """
+    proto = io.raise_opset(io.load(model) if isinstance(model, (str, Path)) else model)
+    return [_describe(c, None, None) for c in survey(prepare(io.to_graph(proto)), config or Config())]
+
+
+def prepare(graph: gs.Graph) -> gs.Graph:
+    """The graph in the form that is planned on: layers normalized, BatchNormalization fused."""
+    return run_passes(graph, [Pass("normalize_layers", normalize_layers), Pass("fuse_batchnorm", fuse_batchnorm)])
+
+
+def survey(graph: gs.Graph, config: Config) -> list[Candidate]:
+    """Every layer of a prepared graph, with what the options make of it."""
+    layers = find_layers(graph)
+    weighted = {id(layer.node) for layer in layers if len(layer.node.inputs) > 1 and isinstance(layer.node.inputs[1], gs.Constant)}
+    from_input = _reachable(graph, graph.inputs, weighted, downwards=True)
+    to_output = _reachable(graph, graph.outputs, weighted, downwards=False)
+    return [_judge(layer, config, id(layer.node) in from_input, id(layer.node) in to_output) for layer in layers]
+
+
+def make_plan(
+    graph: gs.Graph, config: Config, progress: Progress | None = None
+) -> tuple[Plan, list[LayerReport]]:
+    """Search the permutations and keep masks of all layers of a prepared graph, in parallel processes.
+
+    Layers that share a weight and have the same options share one search. Deterministic for ``config.seed``, whatever the
+    number of processes.
+    """
+    candidates = survey(graph, config)
+    jobs: dict[tuple, int] = {}
+    tasks: list[tuple] = []
+    job_of: list[int | None] = []
+    kind = "l1" if config.importance == "auto" else config.importance
+    for candidate in candidates:
+        if candidate.why_dense:
+            job_of.append(None)
+            continue
+        axes = _free_axes(candidate, config)
+        key = id(candidate.layer.node.inputs[1]), candidate.block_size, candidate.options.sparsity, axes
+        if key not in jobs:
+            jobs[key] = len(tasks)
+            scores = importance(candidate.layer.weight, kind)
+            tasks.append((scores, candidate.block_size, candidate.options.sparsity, axes, config.reorder, config.seed))
+        job_of.append(jobs[key])
+    found = _run(tasks, config.workers, progress)
+
+    plans, rows = [], []
+    for candidate, job in zip(candidates, job_of, strict=True):
+        if job is None:
+            rows.append(_describe(candidate, None, None))
+            continue
+        result = found[job]
+        out_perm, in_perm = result.perms
+        plan = LayerPlan(candidate.layer.name, out_perm, in_perm, candidate.block_size, result.keep)
+        plans.append(plan)
+        rows.append(_describe(candidate, plan, (result.retained, result.baseline)))
+    return Plan(tuple(plans)), rows
+
+
+def match_plan(graph: gs.Graph, plan: Plan, config: Config) -> list[LayerReport]:
+    """Check that a plan made elsewhere fits the layers of a prepared graph, and describe them.
+
+    Raises `PlanError` where it names a layer that is not there, cannot be pruned or has another shape.
+    """
+    candidates = survey(graph, config)
+    by_name = {c.layer.name: c for c in candidates}
+    for wanted in plan:
+        candidate = by_name.get(wanted.layer)
+        if candidate is None:
+            raise PlanError(f"the plan is for another model: this one has no layer {wanted.layer!r}")
+        if candidate.layer.why_dense:
+            raise PlanError(f"the plan prunes layer {wanted.layer!r}, but {candidate.layer.why_dense}")
+        if candidate.layer.weight_shape[:2] != wanted.shape:
+            raise PlanError(
+                f"the plan's layer {wanted.layer!r} has {wanted.shape[0]} x {wanted.shape[1]} channels, "
+                f"the model's {candidate.layer.weight_shape[0]} x {candidate.layer.weight_shape[1]}"
+            )
+    rows = []
+    kind = "l1" if config.importance == "auto" else config.importance
+    for candidate in candidates:
+        decision = plan.get(candidate.layer.name)
+        if decision is None:
+            reason = candidate.layer.why_dense or "it is not in the plan"
+            rows.append(_describe(replace(candidate, why_dense=reason), None, None))
+            continue
+        scores = importance(candidate.layer.weight, kind)
+        sums = block_sums(scores[decision.out_perm][:, decision.in_perm], decision.block_size)
+        plain = np.sort(block_sums(scores, decision.block_size), axis=None)[::-1]
+        total = float(sums.sum()) or 1.0
+        shares = float(sums[decision.keep].sum()) / total, float(plain[: decision.keep.sum()].sum()) / total
+        rows.append(_describe(replace(candidate, why_dense=""), decision, shares))
+    return rows
+
+
+def _judge(layer: Layer, config: Config, first: bool, last: bool) -> Candidate:
+    options = config.for_layer(str(layer.node.name or layer.name))
+    reason = layer.why_dense
+    block = options.block_size
+    if not reason:
+        shape = layer.weight_shape[:2]
+        rows, columns = fit_block_size(shape, options.block_size)
+        block = rows, columns
+        work = layer.multiplications
+        grid = block_grid(shape, block)
+        if options.skip:
+            reason = "the config skips it"
+        elif options.sparsity == 0 or keep_count(grid[0] * grid[1], options.sparsity) == grid[0] * grid[1]:
+            reason = "its sparsity is 0" if options.sparsity == 0 else "it has too few blocks for this sparsity"
+        elif not options.explicit:
+            small = [n for n, b in zip(shape, options.block_size, strict=True) if n < b]
+            if small and first:
+                reason = f"it is the first layer and has only {shape[1]} x {shape[0]} channels"
+            elif small and last:
+                reason = f"it is the last layer and has only {shape[1]} x {shape[0]} channels"
+            elif min(block) < min(_SMALLEST_BLOCK, *options.block_size):
+                reason = f"its {shape[1]} x {shape[0]} channels leave blocks of {rows}x{columns}, too small to be fast"
+            elif work is not None and work < _FEWEST_MULTIPLICATIONS:
+                reason = f"with {work} multiplications it is too small to gain"
+    return Candidate(layer, options, block, first, last, reason)
+
+
+def _free_axes(candidate: Candidate, config: Config) -> tuple[int, ...]:
+    """The axes of the weight whose order is free. A Gather at a border of the model would have no partner to merge with."""
+    if config.gathers == "absorb":
+        return 0, 1
+    return tuple(axis for axis, border in ((0, candidate.last), (1, candidate.first)) if not border)
+
+
+def _search(
+    scores: NDArray, block_size: tuple[int, int], sparsity: float, axes: tuple[int, ...], method: str, seed: int
+) -> Reordering:
+    return reorder(scores, BlockPruner(block_size, sparsity), axes, method, seed=seed)  # type: ignore[arg-type]
+
+
+def _run(tasks: Sequence[tuple], workers: int | None, progress: Progress | None) -> list[Reordering]:
+    """The searches' results in the order of ``tasks``; the longest start first."""
+    order = sorted(range(len(tasks)), key=lambda i: -tasks[i][0].size)
+    total = sum(task[0].size for task in tasks)
+    processes = min(workers or cpu_count(), len(tasks)) if total >= _WORTH_PROCESSES else 1
+    found: dict[int, Reordering] = {}
+    # joblib hands large arrays over as memory maps and keeps each process to its share of the BLAS threads.
+    runner = Parallel(n_jobs=max(processes, 1), return_as="generator_unordered", batch_size=1)
+    for index, result in runner(delayed(_numbered)(i, tasks[i]) for i in order):
+        found[index] = result
+        if progress is not None:
+            progress("search", len(found), len(tasks))
+    return [found[i] for i in range(len(tasks))]
+
+
+def _numbered(index: int, task: tuple) -> tuple[int, Reordering]:
+    return index, _search(*task)
+
+
+def _describe(candidate: Candidate, plan: LayerPlan | None, shares: tuple[float, float] | None) -> LayerReport:
+    layer = candidate.layer
+    known = len(layer.node.inputs) > 1 and isinstance(layer.node.inputs[1], gs.Constant) and len(layer.node.inputs[1].shape) > 1
+    shape = layer.weight_shape if known else ()
+    parameters = int(np.prod(shape, dtype=np.int64)) if known else 0
+    density = 1.0 if plan is None else plan.density
+    prunable = plan is None and not candidate.why_dense
+    return LayerReport(
+        layer=layer.name,
+        node=str(layer.node.name or layer.name),
+        op_type=str(layer.node.op),
+        weight_shape=shape,
+        block_size=candidate.block_size if prunable else None if plan is None else plan.block_size,
+        density=density,
+        retained=None if shares is None else shares[0],
+        baseline=None if shares is None else shares[1],
+        parameters=parameters,
+        kept_parameters=round(parameters * density),
+        macs=layer.multiplications if known else None,
+        status="prunable" if prunable else "dense" if plan is None else "block-sparse",
+        reason=candidate.why_dense,
+    )
+
+
+def _reachable(graph: gs.Graph, start: Sequence[gs.Tensor], stops: set[int], downwards: bool) -> set[int]:
+    """Ids of the nodes that are reached from values without passing a node of ``stops`` (which are reached themselves)."""
+    seen: set[int] = set()
+    todo = list(start)
+    while todo:
+        tensor = todo.pop()
+        for node in tensor.outputs if downwards else tensor.inputs:
+            if id(node) not in seen:
+                seen.add(id(node))
+                if id(node) not in stops:
+                    todo += node.outputs if downwards else node.inputs
+    return seen
