@@ -145,7 +145,7 @@ def test_thread_lists_are_parsed() -> None:
 def test_onnxruntimes_names_lead_back_to_the_layer() -> None:
     layers = _layers_by_name(net())
     assert _find_layer("r_nchwc", "Conv", layers) == ("conv", True)
-    assert _find_layer("conv", "FusedConv", layers) == ("conv", True)
+    assert _find_layer("fused conv", "FusedConv", layers) == ("conv", True)
     assert _find_layer("m/MatMulAddFusion", "Gemm", layers) == ("m", True)
     assert _find_layer("act", "Relu", layers) == ("conv", False)
     assert _find_layer("ReorderOutput", "ReorderOutput", layers) == ("ReorderOutput", False)

@@ -102,7 +102,7 @@ def test_measured_accuracy_and_time_join_the_summary() -> None:
     lines = dict(summary(measured))
     assert lines["accuracy"] == "92.5 % -> 90.0 % (-2.5 points) on 1000 samples"
     assert lines["same top-1"] == "95.0 %"
-    assert lines["time"] == "2 ms -> 1.25 ms: 1.60x (1.50 to 1.70)"
+    assert lines["time"] == "2 ms -> 1.25 ms: 1.60x faster (95 % interval 1.50 to 1.70), batch 1, one thread"
 
 
 def test_an_empty_model_has_a_report() -> None:

@@ -1,7 +1,7 @@
 """The commands: parse, call, print. Results go to stdout, progress and errors to stderr.
 
-Exit codes: 0 done (``optimize``: written and verified), 1 an error, 2 wrong usage, 130 interrupted. Modules are imported
-by the command that needs them, so that ``--help`` answers at once.
+Exit codes: 0 done (``optimize``: written and verified), 1 an error, 2 wrong usage, 130 interrupted. A command imports
+what it needs, so that ``--help`` answers at once.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ if TYPE_CHECKING:
 _PIPE_WIDTH = 160
 _BENCH_SECONDS = 3.0
 
-_PRUNED_WITHOUT_RECOVERY = (
-    "the weights were pruned and nothing was retrained: expect the accuracy to drop at this sparsity. Measure it on "
-    "labelled samples (--data FILE.npz); if it is too low, prune less (--sparsity 0.3), keep the first layers dense "
-    "(--config), or fine-tune the model and apply the same plan again (--save-plan, then --plan)"
+_NOT_RETRAINED = "nothing was retrained: at this sparsity the accuracy drops."
+_MEASURE = " Measure it on labelled samples: --data FILE.npz."
+_IF_TOO_LOW = (
+    " If it is too low: prune less (--sparsity), keep sensitive layers dense (--config), or fine-tune the model and apply "
+    "the same plan to it (--save-plan, then --plan)."
 )
 
 
@@ -49,7 +50,6 @@ class UsageError(ValueError):
 app = typer.Typer(
     name="tetris-onnx",
     help="Make ONNX models block-sparse, and fast in onnxruntime.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -77,7 +77,8 @@ def run(args: Sequence[str]) -> int:
     """Run a command line and return its exit code; every error is one line on stderr."""
     debug = "--debug" in args
     try:
-        code = app(args=[a for a in args if a != "--debug"], prog_name="tetris-onnx", standalone_mode=False)
+        words = [word for word in args if word != "--debug"] or ["--help"]
+        code = app(args=words, prog_name="tetris-onnx", standalone_mode=False)
         return int(code or 0)
     except (KeyboardInterrupt, typer.Abort):
         return 130
@@ -205,7 +206,8 @@ def optimize(
         )
         outcome = replace(result.report, model=str(model), output=str(output))
         if any(row.status == "block-sparse" for row in outcome.layers) and plan is None:
-            outcome = replace(outcome, notes=(*outcome.notes, _PRUNED_WITHOUT_RECOVERY))
+            note = _NOT_RETRAINED + _MEASURE * (data is None) + _IF_TOO_LOW
+            outcome = replace(outcome, notes=(*outcome.notes, note))
         # Everything that can fail comes before the first file is written.
         if data is not None:
             outcome = _with_accuracy(outcome, model, result.model, data, progress)

@@ -151,7 +151,8 @@ def compare(
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """Print a comparison as a table."""
     title = f"{comparison.a} | {comparison.b}: {comparison.samples} samples ({comparison.data})"
-    table = Table(title=escape(title), title_justify="left")
+    console.print(title, markup=False, highlight=False)
+    table = Table()
     table.add_column("output", overflow="fold")
     for header in ("max error", "mean error", "max error / max|y|"):
         table.add_column(header, justify="right")

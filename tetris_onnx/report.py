@@ -64,7 +64,7 @@ class Report:
     labelled: int | None = None  # samples behind accuracy
     accuracy: tuple[float, float] | None = None  # (before, after), top-1
     agreement: float | None = None  # share of samples with the same top-1 before and after
-    milliseconds: tuple[float, float] | None = None  # (before, after), median of one run
+    milliseconds: tuple[float, float] | None = None  # (before, after), median of one run: batch 1, one thread
     speedup: tuple[float, float, float] | None = None  # (before / after, low and high end of its 95 % interval)
 
     @property
@@ -134,7 +134,8 @@ def summary(report: Report) -> list[tuple[str, str]]:
     if report.milliseconds and report.speedup:
         old, new = report.milliseconds
         ratio, low, high = report.speedup
-        lines.append(("time", f"{old:.3g} ms -> {new:.3g} ms: {ratio:.2f}x ({low:.2f} to {high:.2f})"))
+        text = f"{old:.3g} ms -> {new:.3g} ms: {ratio:.2f}x faster (95 % interval {low:.2f} to {high:.2f})"
+        lines.append(("time", f"{text}, batch 1, one thread"))
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
     lines.append(("took", f"{sum(report.seconds.values()):.1f} s" + (f" ({stages})" if stages else "")))
     return lines

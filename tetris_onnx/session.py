@@ -5,7 +5,6 @@ Models with our ops run through the op library, all others through onnxruntime a
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,7 +12,6 @@ from typing import Any, TypeAlias
 import onnx
 from numpy.typing import NDArray
 
-from tetris_onnx import runtime
 from tetris_onnx.calibration import Samples
 from tetris_onnx.graph.layers import DOMAIN
 
@@ -40,11 +38,14 @@ def uses_our_ops(model: onnx.ModelProto) -> bool:
 def import_onnxruntime() -> Any:
     """The onnxruntime module. Raises `RuntimeMissingError` saying what to install."""
     try:
-        return importlib.import_module("onnxruntime")
-    except ImportError:
-        raise runtime.RuntimeMissingError(
-            "onnxruntime is not installed: pip install 'tetris-onnx[cpu]' (or 'tetris-onnx[gpu]')"
+        import onnxruntime
+    except ModuleNotFoundError:
+        from tetris_onnx.runtime import RuntimeMissingError
+
+        raise RuntimeMissingError(
+            "onnxruntime is not installed: pip install 'tetris-onnx[cpu]' (or 'tetris-onnx[gpu]' for CUDA)"
         ) from None
+    return onnxruntime
 
 
 def open_session(
@@ -56,6 +57,8 @@ def open_session(
     of the file that the session's ``end_profiling`` writes. Raises `SessionError`.
     """
     ort = import_onnxruntime()
+    from tetris_onnx import runtime
+
     if provider not in PROVIDERS:
         raise SessionError(f"no provider {provider!r}; choose one of {', '.join(PROVIDERS)}")
     if PROVIDERS[provider] not in ort.get_available_providers():
@@ -83,7 +86,7 @@ def open_session(
             ours = uses_our_ops(onnx.load(source, load_external_data=False))
         create = runtime.InferenceSession if ours else ort.InferenceSession
         session = create(source, sess_options=options, providers=providers)
-    except (SessionError, runtime.RuntimeMissingError):
+    except (SessionError, runtime.OpLibraryMissingError):
         raise
     except Exception as error:  # onnxruntime, onnx and protobuf raise their own types, with no common base
         raise SessionError(f"{name}: cannot be loaded ({_one_line(error)})") from None
