@@ -1,0 +1,139 @@
+#include "block_sparse_conv.h"
+
+namespace tetris {
+namespace {
+
+// Kernel sizes, strides, dilations and pads beyond this are mistakes; below, no product of two overflows.
+constexpr int64_t kMaxSize = INT32_MAX;
+
+// The position of a spatial dimension among (outer, middle, inner): see Spatial.
+size_t place(size_t dimension, size_t rank) { return rank == 2 ? 2 * dimension : dimension; }
+
+}  // namespace
+
+BlockSparseConv::BlockSparseConv(const ort::Api& api, const ort::KernelInfo* info) : api_(api) {
+  const NodeReader node(api, info, kName);
+  where_ = node.where();
+  const std::vector<int64_t> shape = node.ints("weight_shape");
+  if (shape.size() < 3 || shape.size() > 5) {
+    node.fail("attribute weight_shape is " + to_string(shape) + ", expected [M, C, K1..Kk] with k = 1, 2 or 3");
+  }
+  spatial_rank_ = shape.size() - 2;
+
+  // `per_dimension` values for each spatial dimension, from `least` on.
+  auto read = [&](const char* name, size_t per_dimension, int64_t least, int64_t otherwise) {
+    const size_t count = per_dimension * spatial_rank_;
+    if (!node.has_ints(name)) return std::vector<int64_t>(count, otherwise);
+    std::vector<int64_t> values = node.ints(name);
+    bool good = values.size() == count;
+    for (const int64_t value : values) good = good && value >= least && value <= kMaxSize;
+    if (!good) {
+      node.fail(std::string("attribute ") + name + " is " + to_string(values) + ", expected " + std::to_string(count) +
+                " values of at least " + std::to_string(least));
+    }
+    return values;
+  };
+  const std::vector<int64_t> kernel_size(shape.begin() + 2, shape.end());
+  int64_t taps = 1;
+  for (const int64_t size : kernel_size) {
+    if (size < 1 || size > kMaxSize || taps > kMaxSize / size) {
+      node.fail("attribute weight_shape is " + to_string(shape) + ", with a kernel size that is not possible");
+    }
+    taps *= size;
+  }
+  if (shape[0] < 1 || shape[1] < 1) {
+    node.fail("attribute weight_shape is " + to_string(shape) + ", expected at least one channel each way");
+  }
+  if (node.has_ints("kernel_shape") && node.ints("kernel_shape") != kernel_size) {
+    node.fail("attribute kernel_shape is " + to_string(node.ints("kernel_shape")) + ", but weight_shape says " +
+              to_string(kernel_size));
+  }
+  if (const int64_t group = node.integer("group", 1); group != 1) {
+    node.fail("attribute group is " + std::to_string(group) + ", only 1 is supported");
+  }
+  const std::vector<int64_t> strides = read("strides", 1, 1, 1), dilations = read("dilations", 1, 1, 1);
+  const std::vector<int64_t> pads = read("pads", 2, 0, 0);
+  attributes_ = {{1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {0, 0, 0}};
+  for (size_t d = 0; d < spatial_rank_; ++d) {
+    const size_t at = place(d, spatial_rank_);
+    attributes_.kernel[at] = kernel_size[d];
+    attributes_.strides[at] = strides[d];
+    attributes_.dilations[at] = dilations[d];
+    attributes_.pads_begin[at] = pads[d];
+    attributes_.pads_end[at] = pads[spatial_rank_ + d];
+  }
+  const Activation activation = node.activation();
+  const BlockSparseWeight weight = node.weight(shape);
+  try {
+    kernel_ = std::make_unique<ConvKernel>(attributes_, weight, activation, select_kernels());
+  } catch (const std::logic_error& error) {
+    node.fail(error.what());
+  } catch (const std::runtime_error& error) {
+    node.fail(error.what());
+  }
+}
+
+void BlockSparseConv::compute(ort::KernelContext* context) const {
+  std::vector<int64_t> shape;
+  const float* x = input_data(api_, context, kX, &shape);
+  const std::string input = where_ + ": input 'X' has shape " + to_string(shape);
+  if (shape.size() != spatial_rank_ + 2) {
+    throw std::invalid_argument(input + ", expected " + std::to_string(spatial_rank_ + 2) + " dimensions");
+  }
+  if (shape[1] != kernel_->inputs()) {
+    throw std::invalid_argument(input + ", expected " + std::to_string(kernel_->inputs()) + " channels");
+  }
+  Spatial size{1, 1, 1};
+  for (size_t d = 0; d < spatial_rank_; ++d) size[place(d, spatial_rank_)] = shape[2 + d];
+  const Spatial output = conv_output_size(attributes_, size);
+  std::vector<int64_t> output_shape{shape[0], kernel_->outputs()};
+  int64_t elements = checked_product(shape[0], kernel_->outputs());
+  for (size_t d = 0; d < spatial_rank_; ++d) {
+    const int64_t dimension = output[place(d, spatial_rank_)];
+    if (dimension < 1) {
+      throw std::invalid_argument(input + ", too small for the kernel: output dimension " + std::to_string(2 + d) +
+                                  " would be empty");
+    }
+    elements = checked_product(elements, dimension);
+    output_shape.push_back(dimension);
+  }
+  float* y = output_data(api_, context, output_shape);
+  kernel_->run(x, shape[0], size, y, SessionThreads(api_, context));
+}
+
+void BlockSparseConv::infer_shape(const ShapeInference& inference) {
+  const std::vector<int64_t> weight = inference.ints("weight_shape");
+  const std::vector<Dimension> input = inference.input_shape(kX);
+  if (weight.size() < 3 || weight.size() > 5 || input.size() != weight.size()) return;  // creation reports it
+  const size_t rank = weight.size() - 2;
+  auto read = [&](const char* name, size_t count, int64_t otherwise) {
+    std::vector<int64_t> values = inference.ints(name);
+    if (values.size() != count) values.assign(count, otherwise);
+    return values;
+  };
+  const std::vector<int64_t> strides = read("strides", rank, 1), dilations = read("dilations", rank, 1);
+  const std::vector<int64_t> pads = read("pads", 2 * rank, 0);
+  std::vector<Dimension> output{input[0], Dimension::of(weight[0])};
+  for (size_t d = 0; d < rank; ++d) {
+    const int64_t kernel = weight[2 + d];
+    for (const int64_t size : {kernel, strides[d], dilations[d]}) {
+      if (size < 1 || size > kMaxSize) return;
+    }
+    for (const int64_t pad : {pads[d], pads[rank + d]}) {
+      if (pad < 0 || pad > kMaxSize) return;
+    }
+    const int64_t grow = pads[d] + pads[rank + d] - ((kernel - 1) * dilations[d] + 1);
+    const Dimension& in = input[2 + d];
+    if (in.known()) {
+      if (in.value + grow < 0) return;
+      output.push_back(Dimension::of((in.value + grow) / strides[d] + 1));
+    } else if (grow == -1 && strides[d] == 1) {
+      output.push_back(in);
+    } else {
+      output.push_back(Dimension::unknown());
+    }
+  }
+  inference.set_output_shape(output);
+}
+
+}  // namespace tetris

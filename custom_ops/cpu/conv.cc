@@ -1,0 +1,501 @@
+#include "conv.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+
+namespace tetris {
+namespace {
+
+// Input that one strip reads: it stays in the second-level cache while all block rows go over it.
+constexpr int64_t kStripBytes = 384 << 10;
+// An input up to this size is not cut into strips.
+constexpr int64_t kWholeBytes = 1 << 20;
+// Maps up to this many pixels are copied into a row-padded panel, larger ones are read in place: there, the few tiles
+// at the upper and the lower edge, which need a mask for each tap, weigh less than the copy.
+constexpr int64_t kPanelPixels = 28 * 28;
+// Work items that every thread should find, so that a late one costs little.
+constexpr int64_t kItemsPerThread = 4;
+constexpr size_t kMaxPlans = 8;
+// Floats after the packed weights that prefetches may name.
+constexpr size_t kPrefetchPadding = 8192;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Rows are taken 8, 4, 2 or 1 at a time: the largest that the instruction set has registers for, then the smallest
+// that holds what is left.
+int rows_at_a_time(int64_t left, int max_rows) {
+  int rows = max_rows;
+  while (rows > 1 && rows / 2 >= left) rows /= 2;
+  return rows;
+}
+
+int64_t volume(const Spatial& size) { return size[0] * size[1] * size[2]; }
+
+}  // namespace
+
+Spatial conv_output_size(const ConvAttributes& a, const Spatial& input) {
+  Spatial output{};
+  for (size_t d = 0; d < 3; ++d) {
+    const int64_t room =
+        input[d] + a.pads_begin[d] + a.pads_end[d] - ((a.kernel[d] - 1) * a.dilations[d] + 1);
+    output[d] = room < 0 ? 0 : room / a.strides[d] + 1;
+  }
+  return output;
+}
+
+ConvKernel::ConvKernel(const ConvAttributes& attributes, const BlockSparseWeight& weight, Activation activation,
+                       const KernelSet& kernels)
+    : attributes_(attributes),
+      activation_(activation),
+      kernels_(kernels),
+      inputs_(weight.inputs),
+      outputs_(weight.outputs),
+      taps_(weight.taps),
+      output_perm_(weight.output_perm, weight.output_perm + weight.outputs) {
+  const std::vector<int64_t> begins = weight.row_begins();
+  int64_t weight_size = 0, bias_size = 0;
+  for (int64_t r = 0; r < weight.block_rows(); ++r) {
+    BlockRow block_row{};
+    block_row.channel_begin = static_cast<int64_t>(channel_.size());
+    for (int64_t b = begins[static_cast<size_t>(r)]; b < begins[static_cast<size_t>(r) + 1]; ++b) {
+      const int64_t column = weight.block_index[2 * b + 1];
+      for (int64_t j = 0; j < weight.columns_of(column); ++j) {
+        channel_.push_back(weight.input_perm[column * weight.block_inputs + j]);
+      }
+    }
+    block_row.channel_count = static_cast<int64_t>(channel_.size()) - block_row.channel_begin;
+    block_row.group_begin = groups_.size();
+    for (int64_t row = 0; row < weight.rows_of(r);) {
+      const int64_t left = weight.rows_of(r) - row;
+      const int rows = rows_at_a_time(left, kernels.conv_rows);
+      const int valid = static_cast<int>(std::min<int64_t>(left, rows));
+      groups_.push_back({r * weight.block_outputs + row, rows, valid, weight_size, bias_size});
+      weight_size += checked_product(checked_product(block_row.channel_count, taps_), rows);
+      bias_size += rows;
+      row += valid;
+    }
+    block_row.group_end = groups_.size();
+    block_rows_.push_back(block_row);
+  }
+
+  weight_ = Buffer(static_cast<size_t>(weight_size) + kPrefetchPadding);
+  bias_ = Buffer(static_cast<size_t>(bias_size));
+  for (int64_t r = 0; r < weight.block_rows(); ++r) {
+    const BlockRow& block_row = block_rows_[static_cast<size_t>(r)];
+    for (size_t g = block_row.group_begin; g < block_row.group_end; ++g) {
+      const RowGroup& group = groups_[g];
+      float* bias = bias_.data() + group.bias;
+      for (int k = 0; k < group.rows; ++k) bias[k] = k < group.valid_rows ? weight.bias_of(group.row + k) : 0.0F;
+      const int64_t first = group.row - r * weight.block_outputs;
+      float* out = weight_.data() + group.weight;
+      for (int64_t b = begins[static_cast<size_t>(r)]; b < begins[static_cast<size_t>(r) + 1]; ++b) {
+        for (int64_t j = 0; j < weight.columns_of(weight.block_index[2 * b + 1]); ++j) {
+          for (int k = 0; k < group.rows; ++k) {
+            const float* taps = k < group.valid_rows ? weight.at(b, first + k, j) : nullptr;
+            for (int64_t t = 0; t < taps_; ++t) out[t * group.rows + k] = taps == nullptr ? 0.0F : taps[t];
+          }
+          out += taps_ * group.rows;
+        }
+      }
+    }
+  }
+
+  heaviest_first_.resize(block_rows_.size());
+  std::iota(heaviest_first_.begin(), heaviest_first_.end(), size_t{0});
+  std::stable_sort(heaviest_first_.begin(), heaviest_first_.end(), [this](size_t a, size_t b) {
+    return block_rows_[a].channel_count > block_rows_[b].channel_count;
+  });
+  slot_.assign(static_cast<size_t>(inputs_), -1);
+  for (const int64_t c : channel_) slot_[static_cast<size_t>(c)] = 0;
+  for (int64_t c = 0; c < inputs_; ++c) {
+    if (slot_[static_cast<size_t>(c)] < 0) continue;
+    slot_[static_cast<size_t>(c)] = static_cast<int64_t>(used_.size());
+    used_.push_back(c);
+  }
+}
+
+ConvKernel::~ConvKernel() = default;
+
+// Where everything lies for one input size. The kernel reads its input either in place (`direct`) or from a panel:
+// a copy, for a strip of output rows, in which each tap of each output pixel p lies at a constant distance from p:
+//   panel[channel][phase][inner tap][row][inner output pixel],
+// with a phase for each remainder of the outer position modulo the outer stride. For a kernel three wide that keeps the
+// width, the inner taps need no copies of their own: a shift by one pixel, with the sides masked, gives the same.
+struct ConvKernel::Plan {
+  struct Tile {
+    int64_t source, pixel;  // offsets into the source's channel and the output's
+    int vectors, last_lanes;
+    TapMode mode;
+    size_t masks;
+  };
+  struct Strip {
+    int64_t first_row, rows;  // of the output, along the outer dimension (panels only)
+    size_t tile_begin, tile_end;
+  };
+  struct Phase {
+    int64_t remainder, offset, extra_rows, rows;
+  };
+  // Of the inner output positions, those that a tap finds inside the input.
+  struct InnerTap {
+    int64_t middle_offset, inner_offset, inner_begin, inner_end;
+  };
+
+  Spatial input, output;
+  int64_t input_plane, output_plane;
+  bool direct, side_masked;
+  std::vector<Tile> tiles;
+  std::vector<uint32_t> masks;
+  std::vector<Strip> strips;
+  std::vector<int64_t> channel_offset;  // of each packed column
+  std::vector<int64_t> tap_offset;
+  std::vector<int64_t> row_offset;  // of each reordered row's output channel
+  // Panels only.
+  std::vector<Phase> phases;
+  std::vector<InnerTap> inner_taps;
+  int64_t channel_stride = 0, panel_size = 0;
+};
+
+// Floats before and after a panel that a vector may touch (and ignore) beyond its ends.
+constexpr int64_t kPanelSlack = 64;
+
+std::shared_ptr<const ConvKernel::Plan> ConvKernel::plan_for(const Spatial& input) const {
+  {
+    const std::lock_guard<std::mutex> lock(plans_mutex_);
+    for (const auto& plan : plans_) {
+      if (plan->input == input) return plan;
+    }
+  }
+  std::shared_ptr<const Plan> plan = make_plan(input);
+  const std::lock_guard<std::mutex> lock(plans_mutex_);
+  if (plans_.size() == kMaxPlans) plans_.erase(plans_.begin());
+  plans_.push_back(plan);
+  return plan;
+}
+
+std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& input) const {
+  auto owner = std::make_shared<Plan>();
+  Plan& plan = *owner;
+  const ConvAttributes& a = attributes_;
+  plan.input = input;
+  plan.output = conv_output_size(a, input);
+  plan.input_plane = volume(input);
+  plan.output_plane = volume(plan.output);
+  for (const int64_t channel : output_perm_) plan.row_offset.push_back(channel * plan.output_plane);
+  if (plan.output_plane == 0) return owner;
+
+  const bool pointwise = taps_ == 1 && a.strides == Spatial{1, 1, 1} && a.pads_begin == Spatial{0, 0, 0} &&
+                         a.pads_end == Spatial{0, 0, 0};
+  plan.side_masked = a.kernel[1] == 1 && a.strides[1] == 1 && a.pads_begin[1] == 0 && a.pads_end[1] == 0 &&
+                     input[1] == 1 && a.kernel[2] == 3 && a.strides[2] == 1 && a.dilations[2] == 1 &&
+                     a.pads_begin[2] == 1 && a.pads_end[2] == 1;
+  plan.direct = pointwise || (plan.side_masked && a.strides[0] == 1 && plan.output_plane > kPanelPixels);
+  const int64_t width = plan.output[2];
+  const int64_t inner = plan.output[1] * width;
+  const int64_t lanes = kernels_.lanes;
+  const int64_t input_bytes = static_cast<int64_t>(used_.size()) * plan.input_plane * 4;
+
+  // Adds the tiles of `pixels` output pixels that begin at `pixel`, and the strip they make.
+  auto add_strip = [&](int64_t first_row, int64_t rows, int64_t pixel, int64_t pixels) {
+    const size_t begin = plan.tiles.size();
+    for (int64_t done = 0; done < pixels;) {
+      // Three vectors at a time; four are two and two, as one vector alone keeps the multipliers waiting for loads.
+      const int64_t left = ceil_div(pixels - done, lanes);
+      const int64_t most = kernels_.conv_vectors;
+      const int64_t vectors = left == most + 1 ? ceil_div(left, 2) : std::min(left, most);
+      const int64_t last = std::min(lanes, pixels - done - (vectors - 1) * lanes);
+      plan.tiles.push_back({plan.direct ? pixel + done : done, pixel + done, static_cast<int>(vectors),
+                            static_cast<int>(last), TapMode::kPlain, 0});
+      done += vectors * lanes;
+    }
+    plan.strips.push_back({first_row, rows, begin, plan.tiles.size()});
+  };
+
+  if (plan.direct) {
+    for (int64_t i = 0; i < taps_; ++i) {
+      const int64_t row = i / a.kernel[2] * a.dilations[0] - a.pads_begin[0];
+      plan.tap_offset.push_back(row * width + i % a.kernel[2] - a.pads_begin[2]);
+    }
+    for (const int64_t c : channel_) plan.channel_offset.push_back(c * plan.input_plane);
+    // An even number of strips: an odd one leaves one of two threads idle at the end.
+    const int64_t tile_pixels = kernels_.conv_vectors * lanes;
+    const int64_t tiles = ceil_div(plan.output_plane, tile_pixels);
+    int64_t strips = input_bytes <= kWholeBytes ? 1 : ceil_div(input_bytes, 2 * kStripBytes) * 2;
+    strips = std::min(strips, tiles);
+    for (int64_t s = 0; s < strips; ++s) {
+      const int64_t begin = tiles * s / strips * tile_pixels;
+      const int64_t end = std::min(tiles * (s + 1) / strips * tile_pixels, plan.output_plane);
+      add_strip(0, 0, begin, end - begin);
+    }
+  } else {
+    plan.inner_taps.push_back({0, 0, 0, width});
+    if (!plan.side_masked) {
+      plan.inner_taps.clear();
+      for (int64_t i = 0; i < a.kernel[1] * a.kernel[2]; ++i) {
+        Plan::InnerTap tap{};
+        tap.middle_offset = i / a.kernel[2] * a.dilations[1] - a.pads_begin[1];
+        tap.inner_offset = i % a.kernel[2] * a.dilations[2] - a.pads_begin[2];
+        const int64_t stride = a.strides[2];
+        tap.inner_begin = tap.inner_offset < 0 ? std::min(width, ceil_div(-tap.inner_offset, stride)) : 0;
+        const int64_t room = input[2] - tap.inner_offset;  // positions from the first to the input's end
+        tap.inner_end = std::max(tap.inner_begin, room <= 0 ? 0 : std::min(width, ceil_div(room, stride)));
+        plan.inner_taps.push_back(tap);
+      }
+    }
+    const int64_t inner_count = static_cast<int64_t>(plan.inner_taps.size());
+    const int64_t stride = a.strides[0];
+    for (int64_t k = 0; k < a.kernel[0]; ++k) {
+      const int64_t remainder = k * a.dilations[0] % stride, extra = k * a.dilations[0] / stride;
+      auto phase = std::find_if(plan.phases.begin(), plan.phases.end(),
+                                [&](const Plan::Phase& p) { return p.remainder == remainder; });
+      if (phase == plan.phases.end()) phase = plan.phases.insert(phase, {remainder, 0, 0, 0});
+      phase->extra_rows = std::max(phase->extra_rows, extra);
+    }
+    const int64_t row_bytes = checked_product(
+        checked_product(static_cast<int64_t>(used_.size()), inner * 4),
+        checked_product(inner_count, static_cast<int64_t>(plan.phases.size())));
+    const int64_t total_rows = plan.output[0];
+    int64_t strips = 1;
+    if (row_bytes > 0 && total_rows > kWholeBytes / row_bytes) {
+      const int64_t rows = std::max<int64_t>(1, kStripBytes / row_bytes);
+      strips = ceil_div(total_rows, rows);
+    }
+    const int64_t strip_rows = ceil_div(total_rows, strips);
+    int64_t offset = 0;
+    for (Plan::Phase& phase : plan.phases) {
+      phase.offset = offset;
+      phase.rows = strip_rows + phase.extra_rows;
+      offset += checked_product(checked_product(phase.rows, inner), inner_count);
+    }
+    // Whole cache lines, and not a multiple of 512 bytes: channels must not fight for the same lines of the cache.
+    plan.channel_stride = ceil_div(offset, 16) * 16;
+    if (plan.channel_stride % 128 == 0) plan.channel_stride += 16;
+    plan.panel_size =
+        checked_product(plan.channel_stride, static_cast<int64_t>(used_.size())) + 2 * kPanelSlack;
+    for (int64_t k = 0; k < a.kernel[0]; ++k) {
+      const int64_t remainder = k * a.dilations[0] % stride, extra = k * a.dilations[0] / stride;
+      const auto phase = std::find_if(plan.phases.begin(), plan.phases.end(),
+                                      [&](const Plan::Phase& p) { return p.remainder == remainder; });
+      const int64_t inner_kernel = a.kernel[1] * a.kernel[2];
+      for (int64_t i = 0; i < inner_kernel; ++i) {
+        const int64_t start = phase->offset + extra * inner;
+        plan.tap_offset.push_back(plan.side_masked ? start + i - 1 : start + i * phase->rows * inner);
+      }
+    }
+    for (const int64_t c : channel_) {
+      plan.channel_offset.push_back(slot_[static_cast<size_t>(c)] * plan.channel_stride);
+    }
+    for (int64_t row = 0; row < total_rows; row += strip_rows) {
+      const int64_t rows = std::min(strip_rows, total_rows - row);
+      add_strip(row, rows, row * inner, rows * inner);
+    }
+  }
+
+  // Masks. A tap of an output pixel counts where it lies inside the input, and a lane where its pixel exists.
+  if (!plan.side_masked && !plan.direct) return owner;
+  for (Plan::Tile& tile : plan.tiles) {
+    const int64_t count = (tile.vectors - 1) * lanes + tile.last_lanes;
+    std::vector<uint32_t> side(static_cast<size_t>(2 * tile.vectors), 0);
+    std::vector<uint32_t> every(static_cast<size_t>(taps_ * tile.vectors), 0);
+    bool sides = false;
+    bool ends = tile.last_lanes < lanes;
+    for (int64_t p = 0; p < count; ++p) {
+      const int64_t row = (tile.pixel + p) / width, column = (tile.pixel + p) % width;
+      const size_t v = static_cast<size_t>(p / lanes), vectors = static_cast<size_t>(tile.vectors);
+      const uint32_t bit = 1U << (p % lanes);
+      if (plan.side_masked) {
+        if (column > 0) side[v] |= bit;
+        if (column + 1 < width) side[vectors + v] |= bit;
+        sides = sides || column == 0 || column + 1 == width;
+      }
+      for (int64_t t = 0; plan.direct && t < taps_; ++t) {
+        const int64_t in_row = row + t / a.kernel[2] * a.dilations[0] - a.pads_begin[0];
+        const int64_t in_column = column + t % a.kernel[2] - a.pads_begin[2];
+        const int64_t in_outer = pointwise ? 0 : in_row;
+        if (pointwise || (in_outer >= 0 && in_outer < input[0] && in_column >= 0 && in_column < width)) {
+          every[static_cast<size_t>(t) * vectors + v] |= bit;
+        }
+        ends = ends || (!pointwise && (in_outer < 0 || in_outer >= input[0]));
+      }
+    }
+    if (plan.direct && !pointwise) {
+      // The first and the last float that an unmasked tile would load.
+      ends = ends || tile.source + plan.tap_offset.front() < 0 ||
+             tile.source + tile.vectors * lanes - 1 + plan.tap_offset.back() >= plan.input_plane;
+    }
+    tile.masks = plan.masks.size();
+    if (plan.direct && ends) {
+      tile.mode = TapMode::kEveryMasked;
+      plan.masks.insert(plan.masks.end(), every.begin(), every.end());
+    } else if (sides) {
+      tile.mode = TapMode::kSideMasked;
+      plan.masks.insert(plan.masks.end(), side.begin(), side.end());
+    }
+  }
+  return owner;
+}
+
+// One run, divided into work items. A stage is one strip of one image.
+//   direct: an item is (stage, part of the tiles, block row or all block rows);
+//   panel, many stages: an item is a stage; the thread makes the panel in its own scratch memory;
+//   panel, few stages: all threads make the panels, then items are as in direct.
+struct ConvKernel::Work {
+  const ConvKernel& kernel;
+  const Plan& plan;
+  const float* x;
+  float* y;
+  int64_t groups = 1, prepare_items = 0, compute_items = 0;
+  int64_t stages = 0, parts = 1, row_items = 1;
+  float* panels = nullptr;  // of all stages, or null
+
+  int64_t group_of(int64_t item) const { return item / (parts * row_items); }
+
+  void prepare(int64_t stage, int64_t item) {
+    const int64_t used = static_cast<int64_t>(kernel.used_.size());
+    fill_panel(stage, panels + stage * plan.panel_size, used * item / prepare_items,
+               used * (item + 1) / prepare_items);
+  }
+
+  void compute(int64_t item) {
+    const int64_t stage = group_of(item);
+    const int64_t part = item / row_items % parts;
+    const int64_t row_item = item % row_items;
+    const Plan::Strip& strip = plan.strips[static_cast<size_t>(stage) % plan.strips.size()];
+    const int64_t image = stage / static_cast<int64_t>(plan.strips.size());
+    const float* source = x + image * kernel.inputs_ * plan.input_plane;
+    if (!plan.direct) {
+      float* panel = panels;
+      if (panel == nullptr) {
+        panel = thread_scratch(static_cast<size_t>(plan.panel_size));
+        fill_panel(stage, panel, 0, static_cast<int64_t>(kernel.used_.size()));
+      } else {
+        panel += stage * plan.panel_size;
+      }
+      source = panel + kPanelSlack;
+    }
+    const int64_t tiles = static_cast<int64_t>(strip.tile_end - strip.tile_begin);
+    const size_t begin = strip.tile_begin + static_cast<size_t>(tiles * part / parts);
+    const size_t end = strip.tile_begin + static_cast<size_t>(tiles * (part + 1) / parts);
+    float* to = y + image * kernel.outputs_ * plan.output_plane;
+    if (row_items == 1) {
+      for (const BlockRow& block_row : kernel.block_rows_) run_tiles(block_row, source, to, begin, end);
+    } else {
+      run_tiles(kernel.block_rows_[kernel.heaviest_first_[static_cast<size_t>(row_item)]], source, to, begin, end);
+    }
+  }
+
+  void run_tiles(const BlockRow& block_row, const float* source, float* to, size_t begin, size_t end) const {
+    ConvTile call{};
+    call.channel_offset = plan.channel_offset.data() + block_row.channel_begin;
+    call.channels = block_row.channel_count;
+    call.tap_offset = plan.tap_offset.data();
+    call.taps = kernel.taps_;
+    call.low = kernel.activation_.low;
+    call.high = kernel.activation_.high;
+    for (size_t i = begin; i < end; ++i) {
+      const Plan::Tile& tile = plan.tiles[i];
+      call.x = source + tile.source;
+      call.y = to + tile.pixel;
+      call.vectors = tile.vectors;
+      call.last_lanes = tile.last_lanes;
+      call.mode = tile.mode;
+      call.masks = plan.masks.data() + tile.masks;
+      for (size_t g = block_row.group_begin; g < block_row.group_end; ++g) {
+        const RowGroup& group = kernel.groups_[g];
+        call.weight = kernel.weight_.data() + group.weight;
+        call.bias = kernel.bias_.data() + group.bias;
+        call.row_offset = plan.row_offset.data() + group.row;
+        call.rows = group.rows;
+        call.valid_rows = group.valid_rows;
+        kernel.kernels_.conv_tile(call);
+      }
+    }
+  }
+
+  // Copies the used channels [begin, end) of a stage's input into its panel.
+  void fill_panel(int64_t stage, float* panel, int64_t begin, int64_t end) const {
+    const Plan::Strip& strip = plan.strips[static_cast<size_t>(stage) % plan.strips.size()];
+    const int64_t image = stage / static_cast<int64_t>(plan.strips.size());
+    const ConvAttributes& a = kernel.attributes_;
+    const int64_t inner = plan.output[1] * plan.output[2];
+    const int64_t inner_input = plan.input[1] * plan.input[2];
+    const int64_t stride = a.strides[0];
+    // Rows that are copied as they are need no loop over rows.
+    const bool as_is = plan.side_masked || (inner == inner_input && a.kernel[1] == 1 && a.kernel[2] == 1 &&
+                                            a.strides[1] == 1 && a.strides[2] == 1 && a.pads_begin[1] == 0 &&
+                                            a.pads_begin[2] == 0);
+    for (int64_t u = begin; u < end; ++u) {
+      const int64_t channel = image * kernel.inputs_ + kernel.used_[static_cast<size_t>(u)];
+      const float* from = x + channel * plan.input_plane;
+      float* to = panel + kPanelSlack + u * plan.channel_stride;
+      for (const Plan::Phase& phase : plan.phases) {
+        const int64_t rows = strip.rows + phase.extra_rows;
+        // Row q of the phase is the input's row first + q * stride.
+        const int64_t first = strip.first_row * stride - a.pads_begin[0] + phase.remainder;
+        const int64_t row_begin = first < 0 ? std::min(rows, ceil_div(-first, stride)) : 0;
+        const int64_t room = plan.input[0] - first;
+        const int64_t row_end = std::max(row_begin, room <= 0 ? 0 : std::min(rows, ceil_div(room, stride)));
+        for (size_t i = 0; i < plan.inner_taps.size(); ++i) {
+          float* plane = to + phase.offset + static_cast<int64_t>(i) * phase.rows * inner;
+          zero(plane, row_begin * inner);
+          zero(plane + row_end * inner, (rows - row_end) * inner);
+          const float* start = from + (first + row_begin * stride) * inner_input;
+          float* out = plane + row_begin * inner;
+          if (as_is && (stride == 1 || inner == 1)) {
+            if (row_end > row_begin) kernel.kernels_.gather(out, start, (row_end - row_begin) * inner, stride);
+            continue;
+          }
+          for (int64_t q = row_begin; q < row_end; ++q, start += stride * inner_input, out += inner) {
+            if (as_is) {
+              kernel.kernels_.gather(out, start, inner, 1);
+            } else {
+              fill_inner(out, start, plan.inner_taps[i]);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // One tap's view of the middle and inner dimensions of one outer row.
+  void fill_inner(float* to, const float* from, const Plan::InnerTap& tap) const {
+    const ConvAttributes& a = kernel.attributes_;
+    const int64_t width = plan.output[2];
+    for (int64_t m = 0; m < plan.output[1]; ++m, to += width) {
+      const int64_t middle = m * a.strides[1] + tap.middle_offset;
+      if (middle < 0 || middle >= plan.input[1] || tap.inner_begin >= tap.inner_end) {
+        zero(to, width);
+        continue;
+      }
+      zero(to, tap.inner_begin);
+      const float* row = from + middle * plan.input[2] + tap.inner_begin * a.strides[2] + tap.inner_offset;
+      kernel.kernels_.gather(to + tap.inner_begin, row, tap.inner_end - tap.inner_begin, a.strides[2]);
+      zero(to + tap.inner_end, width - tap.inner_end);
+    }
+  }
+
+  static void zero(float* to, int64_t count) { std::memset(to, 0, static_cast<size_t>(count) * sizeof(float)); }
+};
+
+void ConvKernel::run(const float* x, int64_t batch, const Spatial& input, float* y, const ThreadPool& pool) const {
+  const std::shared_ptr<const Plan> plan = plan_for(input);
+  if (batch == 0 || plan->output_plane == 0 || outputs_ == 0) return;
+  Work work{*this, *plan, x, y};
+  work.stages = batch * static_cast<int64_t>(plan->strips.size());
+  const int64_t wanted = machine_threads() * kItemsPerThread;
+  const int64_t block_rows = static_cast<int64_t>(block_rows_.size());
+  if (work.stages < std::min(wanted, kMaxGroups)) {
+    work.row_items = block_rows;
+    const int64_t tiles = static_cast<int64_t>(plan->strips[0].tile_end - plan->strips[0].tile_begin);
+    work.parts = std::clamp<int64_t>(ceil_div(wanted, work.stages * block_rows), 1, tiles);
+    if (!plan->direct && !used_.empty()) {
+      work.groups = work.stages;
+      work.prepare_items = std::min<int64_t>(static_cast<int64_t>(used_.size()), ceil_div(wanted, work.stages));
+      work.panels = thread_scratch(static_cast<size_t>(checked_product(plan->panel_size, work.stages)));
+    }
+  }
+  work.compute_items = work.stages * work.parts * work.row_items;
+  run_work(pool, work);
+}
+
+}  // namespace tetris

@@ -1,0 +1,74 @@
+// Block-sparse convolution on the CPU: packing, the plan for an input size, the division into work items.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "buffer.h"
+#include "kernels.h"
+#include "parallel.h"
+#include "weight.h"
+
+namespace tetris {
+
+// Spatial sizes as (outer, middle, inner): 1-D is (length, 1, 1), 2-D is (height, 1, width). The outer dimension is the
+// one that strips are cut along.
+using Spatial = std::array<int64_t, 3>;
+
+struct ConvAttributes {
+  Spatial kernel, strides, dilations, pads_begin, pads_end;
+};
+
+// Output size along each dimension; not positive where the input is too small.
+Spatial conv_output_size(const ConvAttributes& attributes, const Spatial& input);
+
+class ConvKernel {
+ public:
+  ConvKernel(const ConvAttributes& attributes, const BlockSparseWeight& weight, Activation activation,
+             const KernelSet& kernels);
+  ~ConvKernel();
+
+  int64_t inputs() const { return inputs_; }
+  int64_t outputs() const { return outputs_; }
+
+  // y[batch][outputs][output size] from x[batch][inputs][input]. May be called from several threads at once.
+  void run(const float* x, int64_t batch, const Spatial& input, float* y, const ThreadPool& pool) const;
+
+ private:
+  struct Plan;
+  struct Work;
+  // Output rows that one call of the kernel computes together.
+  struct RowGroup {
+    int64_t row;  // first, in reordered order
+    int rows, valid_rows;
+    int64_t weight, bias;  // offsets into weight_, bias_
+  };
+  struct BlockRow {
+    int64_t channel_begin, channel_count;  // into channel_
+    size_t group_begin, group_end;         // into groups_
+  };
+
+  std::shared_ptr<const Plan> plan_for(const Spatial& input) const;
+  std::shared_ptr<const Plan> make_plan(const Spatial& input) const;
+
+  ConvAttributes attributes_;
+  Activation activation_;
+  const KernelSet& kernels_;
+  int64_t inputs_, outputs_, taps_;
+  std::vector<BlockRow> block_rows_;
+  std::vector<size_t> heaviest_first_;  // block rows by decreasing work
+  std::vector<RowGroup> groups_;
+  std::vector<int64_t> channel_;      // input channel of each packed column
+  std::vector<int64_t> used_;         // input channels that any block row reads
+  std::vector<int64_t> slot_;         // position in used_ of each input channel
+  std::vector<int64_t> output_perm_;  // output channel of each reordered row
+  Buffer weight_;                     // [block row][row group][packed column][tap][row]
+  Buffer bias_;                       // [row group][row]
+  mutable std::mutex plans_mutex_;
+  mutable std::vector<std::shared_ptr<const Plan>> plans_;  // of the latest input sizes
+};
+
+}  // namespace tetris

@@ -1,0 +1,174 @@
+#include "gemm.h"
+
+#include <algorithm>
+#include <numeric>
+
+namespace tetris {
+namespace {
+
+// Packed input of one round of sample tiles, at most.
+constexpr int64_t kRoundBytes = 8 << 20;
+// Sample tiles that a block row's weights are used for while they are in the cache.
+constexpr int64_t kTilesPerItem = 8;
+constexpr int64_t kItemsPerThread = 4;
+// Input values that one work item packs.
+constexpr int64_t kPackColumns = 4096;
+// Floats after the packed weights that prefetches may name.
+constexpr size_t kPrefetchPadding = 8192;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+GemmKernel::GemmKernel(const BlockSparseWeight& weight, Activation activation, const KernelSet& kernels)
+    : activation_(activation),
+      kernels_(kernels),
+      inputs_(weight.inputs),
+      outputs_(weight.outputs),
+      input_perm_(weight.input_perm, weight.input_perm + weight.inputs),
+      output_perm_(weight.output_perm, weight.output_perm + weight.outputs) {
+  bool identity = true;
+  for (int64_t i = 0; i < inputs_; ++i) identity = identity && weight.input_perm[i] == i;
+  if (identity) input_perm_.clear();
+
+  const std::vector<int64_t> begins = weight.row_begins();
+  const int64_t lanes = kernels.lanes, widest = lanes * kernels.gemm_vectors;
+  int64_t weight_size = 0, bias_size = 0;
+  for (int64_t r = 0; r < weight.block_rows(); ++r) {
+    BlockRow block_row{};
+    block_row.run_begin = runs_.size();
+    for (int64_t b = begins[static_cast<size_t>(r)]; b < begins[static_cast<size_t>(r) + 1]; ++b) {
+      const int64_t column = weight.block_index[2 * b + 1];
+      const int64_t first = column * weight.block_inputs, count = weight.columns_of(column);
+      if (runs_.size() > block_row.run_begin && runs_.back().begin + runs_.back().count == first) {
+        runs_.back().count += count;
+      } else {
+        runs_.push_back({first, count});
+      }
+      block_row.columns += count;
+    }
+    block_row.run_end = runs_.size();
+    block_row.panel_begin = panels_.size();
+    for (int64_t row = 0; row < weight.rows_of(r);) {
+      const int64_t left = weight.rows_of(r) - row;
+      // A wide panel where it wastes less than narrow ones would.
+      const bool wide = left > widest - lanes;
+      const int64_t width = wide ? widest : lanes;
+      const int64_t valid = std::min(left, width);
+      const int64_t first = r * weight.block_outputs + row;
+      bool contiguous = true;
+      for (int64_t k = 1; k < valid; ++k) {
+        contiguous = contiguous && weight.output_perm[first + k] == weight.output_perm[first] + k;
+      }
+      panels_.push_back({first, wide ? kernels.gemm_vectors : 1, static_cast<int>(valid), contiguous, weight_size,
+                         bias_size});
+      weight_size += checked_product(block_row.columns, width);
+      bias_size += width;
+      row += valid;
+    }
+    block_row.panel_end = panels_.size();
+    block_rows_.push_back(block_row);
+  }
+
+  weight_ = Buffer(static_cast<size_t>(weight_size) + kPrefetchPadding);
+  bias_ = Buffer(static_cast<size_t>(bias_size));
+  for (int64_t r = 0; r < weight.block_rows(); ++r) {
+    const BlockRow& block_row = block_rows_[static_cast<size_t>(r)];
+    for (size_t p = block_row.panel_begin; p < block_row.panel_end; ++p) {
+      const Panel& panel = panels_[p];
+      const int64_t width = panel.vectors * lanes;
+      float* bias = bias_.data() + panel.bias;
+      for (int64_t k = 0; k < width; ++k) bias[k] = k < panel.valid_rows ? weight.bias_of(panel.row + k) : 0.0F;
+      const int64_t first = panel.row - r * weight.block_outputs;
+      float* out = weight_.data() + panel.weight;
+      for (int64_t b = begins[static_cast<size_t>(r)]; b < begins[static_cast<size_t>(r) + 1]; ++b) {
+        const int64_t columns = weight.columns_of(weight.block_index[2 * b + 1]);
+        for (int64_t k = 0; k < width; ++k) {
+          for (int64_t j = 0; j < columns; ++j) {
+            out[j * width + k] = k < panel.valid_rows ? *weight.at(b, first + k, j) : 0.0F;
+          }
+        }
+        out += columns * width;
+      }
+    }
+  }
+
+  heaviest_first_.resize(block_rows_.size());
+  std::iota(heaviest_first_.begin(), heaviest_first_.end(), size_t{0});
+  std::stable_sort(heaviest_first_.begin(), heaviest_first_.end(),
+                   [this](size_t a, size_t b) { return block_rows_[a].columns > block_rows_[b].columns; });
+}
+
+// One round of sample tiles: pack them, [input][sample] each, then multiply.
+struct GemmKernel::Work {
+  const GemmKernel& kernel;
+  const float* x;
+  float* y;
+  int64_t samples, tiles, tiles_per_item;
+  float* packed;  // or null: one sample, read in place
+  int64_t groups = 1, prepare_items = 0, compute_items = 0;
+
+  int64_t first_sample(int64_t tile) const { return samples * tile / tiles; }
+  int64_t group_of(int64_t) const { return 0; }
+
+  void prepare(int64_t, int64_t item) {
+    const int64_t tile = item % tiles, first = first_sample(tile), count = first_sample(tile + 1) - first;
+    const int64_t begin = item / tiles * kPackColumns, end = std::min(begin + kPackColumns, kernel.inputs_);
+    const float* from = x + first * kernel.inputs_;
+    float* to = packed + first * kernel.inputs_;
+    for (int64_t j = begin; j < end; ++j) {
+      const int64_t column = kernel.input_perm_.empty() ? j : kernel.input_perm_[static_cast<size_t>(j)];
+      for (int64_t s = 0; s < count; ++s) to[j * count + s] = from[s * kernel.inputs_ + column];
+    }
+  }
+
+  void compute(int64_t item) {
+    const int64_t rows = static_cast<int64_t>(kernel.block_rows_.size());
+    const BlockRow& block_row = kernel.block_rows_[kernel.heaviest_first_[static_cast<size_t>(item % rows)]];
+    const int64_t begin = item / rows * tiles_per_item, end = std::min(begin + tiles_per_item, tiles);
+    GemmTile call{};
+    call.runs = kernel.runs_.data() + block_row.run_begin;
+    call.run_count = static_cast<int64_t>(block_row.run_end - block_row.run_begin);
+    call.sample_stride = kernel.outputs_;
+    call.low = kernel.activation_.low;
+    call.high = kernel.activation_.high;
+    for (size_t p = block_row.panel_begin; p < block_row.panel_end; ++p) {
+      const Panel& panel = kernel.panels_[p];
+      call.weight = kernel.weight_.data() + panel.weight;
+      call.bias = kernel.bias_.data() + panel.bias;
+      call.row_index = kernel.output_perm_.data() + panel.row;
+      call.contiguous = panel.contiguous;
+      call.valid_rows = panel.valid_rows;
+      call.vectors = panel.vectors;
+      for (int64_t tile = begin; tile < end; ++tile) {
+        const int64_t first = first_sample(tile);
+        call.x = (packed == nullptr ? x : packed) + first * kernel.inputs_;
+        call.y = y + first * kernel.outputs_;
+        call.samples = static_cast<int>(first_sample(tile + 1) - first);
+        kernel.kernels_.gemm_tile(call);
+      }
+    }
+  }
+};
+
+void GemmKernel::run(const float* x, int64_t samples, float* y, const ThreadPool& pool) const {
+  const int64_t rows = static_cast<int64_t>(block_rows_.size());
+  if (samples == 0 || rows == 0) return;
+  const int64_t largest = std::max<int64_t>(
+      kernels_.gemm_samples, kRoundBytes / (std::max<int64_t>(inputs_, 1) * static_cast<int64_t>(sizeof(float))));
+  for (int64_t done = 0; done < samples;) {
+    const int64_t count = std::min(largest, samples - done);
+    Work work{*this, x + done * inputs_, y + done * outputs_, count, ceil_div(count, kernels_.gemm_samples), 1, nullptr};
+    if (count > 1 || !input_perm_.empty()) {
+      work.packed = thread_scratch(static_cast<size_t>(checked_product(count, inputs_)));
+      work.prepare_items = work.tiles * ceil_div(inputs_, kPackColumns);
+    }
+    const int64_t items = machine_threads() * kItemsPerThread;
+    work.tiles_per_item = std::clamp<int64_t>(work.tiles * rows / items, 1, kTilesPerItem);
+    work.compute_items = rows * ceil_div(work.tiles, work.tiles_per_item);
+    run_work(pool, work);
+    done += count;
+  }
+}
+
+}  // namespace tetris

@@ -1,0 +1,52 @@
+// Block-sparse matrix product on the CPU: packing and the division into work items.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "buffer.h"
+#include "kernels.h"
+#include "parallel.h"
+#include "weight.h"
+
+namespace tetris {
+
+class GemmKernel {
+ public:
+  GemmKernel(const BlockSparseWeight& weight, Activation activation, const KernelSet& kernels);
+
+  int64_t inputs() const { return inputs_; }
+  int64_t outputs() const { return outputs_; }
+
+  // y[samples][outputs] from x[samples][inputs]. May be called from several threads at once.
+  void run(const float* x, int64_t samples, float* y, const ThreadPool& pool) const;
+
+ private:
+  struct Work;
+  // Output rows that one call of the kernel computes together: vectors * lanes of them, padded.
+  struct Panel {
+    int64_t row;  // first, in reordered order
+    int vectors, valid_rows;
+    bool contiguous;
+    int64_t weight, bias;  // offsets into weight_, bias_
+  };
+  struct BlockRow {
+    size_t run_begin, run_end;      // into runs_
+    size_t panel_begin, panel_end;  // into panels_
+    int64_t columns;
+  };
+
+  Activation activation_;
+  const KernelSet& kernels_;
+  int64_t inputs_, outputs_;
+  std::vector<BlockRow> block_rows_;
+  std::vector<size_t> heaviest_first_;  // block rows by decreasing work
+  std::vector<Run> runs_;
+  std::vector<Panel> panels_;
+  std::vector<int64_t> input_perm_;  // empty if it is the identity
+  std::vector<int64_t> output_perm_;
+  Buffer weight_;  // [block row][panel][kept column][row]
+  Buffer bias_;    // [panel][row]
+};
+
+}  // namespace tetris

@@ -1,0 +1,271 @@
+// The kernels, once, for any vector type.
+//
+// Included by one .cc file per instruction set, after a struct `V` (the vector traits) in an unnamed namespace:
+//   Vec, Mask, kLanes, kConvRows, kConvVectors, kGemmSamples, kGemmVectors,
+//   load, store, zero, set1, fma(a, b, c) = a * b + c, max, min (both return the second argument if one is NaN),
+//   expand(bits) -> Mask, load_masked(p, mask) (touches no masked-out float, gives 0 there),
+//   mask_input(x, mask) and fma_masked(w, x, acc, mask): together acc + w * x in the lanes of the mask, acc elsewhere
+//   (an instruction set masks either the input, once per load, or the multiplication itself),
+//   gather(to, from, count, stride).
+// Everything is in an unnamed namespace and no standard library template is used: see kernels.h.
+//
+// Convolution: vectors run over flattened output pixels, so NCHW tensors are read and written as they are. A tile's
+// accumulators (rows x vectors) live in registers for the whole reduction; each weight is broadcast once and used
+// `vectors` times, each input vector is used `rows` times. Bias and clip are in the epilogue: y is written once.
+#pragma once
+
+#include "kernels.h"
+
+#if defined(__GNUC__)
+#define TETRIS_UNROLL _Pragma("GCC unroll 16")
+#define TETRIS_NO_UNROLL _Pragma("GCC unroll 1")
+#define TETRIS_INLINE inline __attribute__((always_inline))
+#define TETRIS_PREFETCH_L2(p) __builtin_prefetch((p), 0, 2)
+#define TETRIS_PREFETCH_L1(p) __builtin_prefetch((p), 0, 3)
+#else
+#define TETRIS_UNROLL
+#define TETRIS_NO_UNROLL
+#define TETRIS_INLINE inline
+#define TETRIS_PREFETCH_L2(p) ((void)0)
+#define TETRIS_PREFETCH_L1(p) ((void)0)
+#endif
+
+namespace tetris {
+namespace {
+
+// How far ahead of their use the packed weights are fetched, in floats (the packed weights are padded by more).
+constexpr int64_t kConvPrefetch = 2304;
+constexpr int64_t kGemmPrefetch = 1024;
+
+TETRIS_INLINE typename V::Vec clip(typename V::Vec v, typename V::Vec low, typename V::Vec high) {
+  return V::min(high, V::max(low, v));
+}
+
+template <int Rows, int Vectors, TapMode Mode>
+void conv_tile_impl(const ConvTile& tile) {
+  using Vec = typename V::Vec;
+  Vec acc[Rows][Vectors];
+  TETRIS_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    TETRIS_UNROLL
+    for (int v = 0; v < Vectors; ++v) acc[r][v] = V::set1(tile.bias[r]);
+  }
+  typename V::Mask side[2][Vectors];
+  if constexpr (Mode == TapMode::kSideMasked) {
+    TETRIS_UNROLL
+    for (int v = 0; v < Vectors; ++v) {
+      side[0][v] = V::expand(tile.masks[v]);
+      side[1][v] = V::expand(tile.masks[Vectors + v]);
+    }
+  }
+  const float* w = tile.weight;
+  const int64_t* tap_offset = tile.tap_offset;
+  const int64_t taps = tile.taps;
+  TETRIS_NO_UNROLL
+  for (int64_t i = 0; i < tile.channels; ++i) {
+    const float* x = tile.x + tile.channel_offset[i];
+    if constexpr (Mode == TapMode::kSideMasked) {
+      TETRIS_NO_UNROLL
+      for (int64_t t = 0; t < taps; t += 3) {
+        const float* row = x + tap_offset[t];
+        TETRIS_UNROLL
+        for (int k = 0; k < 3; ++k) {
+          Vec in[Vectors];
+          TETRIS_UNROLL
+          for (int v = 0; v < Vectors; ++v) {
+            in[v] = V::load(row + k + v * V::kLanes);
+            if (k != 1) in[v] = V::mask_input(in[v], side[k / 2][v]);
+          }
+          if (k != 1) TETRIS_PREFETCH_L2(w + kConvPrefetch);
+          TETRIS_UNROLL
+          for (int r = 0; r < Rows; ++r) {
+            const Vec weight = V::set1(w[r]);
+            TETRIS_UNROLL
+            for (int v = 0; v < Vectors; ++v) {
+              acc[r][v] = k == 1 ? V::fma(weight, in[v], acc[r][v])
+                                 : V::fma_masked(weight, in[v], acc[r][v], side[k / 2][v]);
+            }
+          }
+          w += Rows;
+        }
+      }
+    } else {
+      TETRIS_NO_UNROLL
+      for (int64_t t = 0; t < taps; ++t) {
+        const float* row = x + tap_offset[t];
+        Vec in[Vectors];
+        TETRIS_UNROLL
+        for (int v = 0; v < Vectors; ++v) {
+          if constexpr (Mode == TapMode::kEveryMasked) {
+            in[v] = V::load_masked(row + v * V::kLanes, V::expand(tile.masks[t * Vectors + v]));
+          } else {
+            in[v] = V::load(row + v * V::kLanes);
+          }
+        }
+        TETRIS_PREFETCH_L2(w + kConvPrefetch);
+        TETRIS_UNROLL
+        for (int r = 0; r < Rows; ++r) {
+          const Vec weight = V::set1(w[r]);
+          TETRIS_UNROLL
+          for (int v = 0; v < Vectors; ++v) acc[r][v] = V::fma(weight, in[v], acc[r][v]);
+        }
+        w += Rows;
+      }
+    }
+  }
+  const Vec low = V::set1(tile.low), high = V::set1(tile.high);
+  TETRIS_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    if (r < tile.valid_rows) {
+      float* y = tile.y + tile.row_offset[r];
+      TETRIS_UNROLL
+      for (int v = 0; v + 1 < Vectors; ++v) V::store(y + v * V::kLanes, clip(acc[r][v], low, high));
+      y += (Vectors - 1) * V::kLanes;
+      const Vec last = clip(acc[r][Vectors - 1], low, high);
+      if (tile.last_lanes == V::kLanes) {
+        V::store(y, last);
+      } else {
+        float lanes[V::kLanes];
+        V::store(lanes, last);
+        TETRIS_NO_UNROLL
+        for (int lane = 0; lane < tile.last_lanes; ++lane) y[lane] = lanes[lane];
+      }
+    }
+  }
+}
+
+template <int Rows, int Vectors>
+void conv_tile_mode(const ConvTile& tile) {
+  switch (tile.mode) {
+    case TapMode::kPlain:
+      return conv_tile_impl<Rows, Vectors, TapMode::kPlain>(tile);
+    case TapMode::kSideMasked:
+      return conv_tile_impl<Rows, Vectors, TapMode::kSideMasked>(tile);
+    case TapMode::kEveryMasked:
+      return conv_tile_impl<Rows, Vectors, TapMode::kEveryMasked>(tile);
+  }
+}
+
+template <int Rows>
+void conv_tile_vectors(const ConvTile& tile) {
+  if constexpr (V::kConvVectors >= 3) {
+    if (tile.vectors == 3) return conv_tile_mode<Rows, 3>(tile);
+  }
+  if constexpr (V::kConvVectors >= 2) {
+    if (tile.vectors == 2) return conv_tile_mode<Rows, 2>(tile);
+  }
+  conv_tile_mode<Rows, 1>(tile);
+}
+
+void conv_tile(const ConvTile& tile) {
+  if constexpr (V::kConvRows >= 8) {
+    if (tile.rows == 8) return conv_tile_vectors<8>(tile);
+  }
+  if (tile.rows == 4) return conv_tile_vectors<4>(tile);
+  if (tile.rows == 2) return conv_tile_vectors<2>(tile);
+  conv_tile_vectors<1>(tile);
+}
+
+template <int Samples, int Vectors>
+void gemm_tile_impl(const GemmTile& tile) {
+  using Vec = typename V::Vec;
+  constexpr int kWidth = Vectors * V::kLanes;
+  // A single sample has too few accumulators to hide the latency of an addition: four channels at a time.
+  constexpr int kUnroll = Samples == 1 ? 4 : 1;
+  Vec acc[kUnroll][Samples][Vectors];
+  TETRIS_UNROLL
+  for (int u = 0; u < kUnroll; ++u) {
+    TETRIS_UNROLL
+    for (int s = 0; s < Samples; ++s) {
+      TETRIS_UNROLL
+      for (int v = 0; v < Vectors; ++v) acc[u][s][v] = u == 0 ? V::load(tile.bias + v * V::kLanes) : V::zero();
+    }
+  }
+  const float* w = tile.weight;
+  TETRIS_NO_UNROLL
+  for (int64_t run = 0; run < tile.run_count; ++run) {
+    const float* x = tile.x + tile.runs[run].begin * Samples;
+    const int64_t count = tile.runs[run].count;
+    int64_t i = 0;
+    TETRIS_NO_UNROLL
+    for (; i + kUnroll <= count; i += kUnroll) {
+      TETRIS_UNROLL
+      for (int u = 0; u < kUnroll; ++u) {
+        Vec weight[Vectors];
+        TETRIS_UNROLL
+        for (int v = 0; v < Vectors; ++v) {
+          if (v * V::kLanes % 16 == 0) TETRIS_PREFETCH_L1(w + kGemmPrefetch + u * kWidth + v * V::kLanes);
+          weight[v] = V::load(w + u * kWidth + v * V::kLanes);
+        }
+        TETRIS_UNROLL
+        for (int s = 0; s < Samples; ++s) {
+          const Vec in = V::set1(x[u * Samples + s]);
+          TETRIS_UNROLL
+          for (int v = 0; v < Vectors; ++v) acc[u][s][v] = V::fma(in, weight[v], acc[u][s][v]);
+        }
+      }
+      x += kUnroll * Samples;
+      w += kUnroll * kWidth;
+    }
+    if constexpr (kUnroll > 1) {
+      TETRIS_NO_UNROLL
+      for (; i < count; ++i) {
+        TETRIS_UNROLL
+        for (int v = 0; v < Vectors; ++v) acc[0][0][v] = V::fma(V::set1(*x), V::load(w + v * V::kLanes), acc[0][0][v]);
+        x += 1;
+        w += kWidth;
+      }
+    }
+  }
+  const Vec low = V::set1(tile.low), high = V::set1(tile.high);
+  TETRIS_UNROLL
+  for (int s = 0; s < Samples; ++s) {
+    float out[kWidth];
+    TETRIS_UNROLL
+    for (int v = 0; v < Vectors; ++v) {
+      Vec sum = acc[0][s][v];
+      TETRIS_UNROLL
+      for (int u = 1; u < kUnroll; ++u) sum = V::add(sum, acc[u][s][v]);
+      V::store(out + v * V::kLanes, clip(sum, low, high));
+    }
+    float* y = tile.y + s * tile.sample_stride;
+    if (tile.contiguous) {
+      y += tile.row_index[0];
+      for (int o = 0; o < tile.valid_rows; ++o) y[o] = out[o];
+    } else {
+      TETRIS_NO_UNROLL
+      for (int o = 0; o < tile.valid_rows; ++o) y[tile.row_index[o]] = out[o];
+    }
+  }
+}
+
+// Calls the kernel for tile.samples, found by counting down from the largest.
+template <int Samples>
+void gemm_tile_samples(const GemmTile& tile) {
+  if constexpr (Samples > 1) {
+    if (tile.samples != Samples) return gemm_tile_samples<Samples - 1>(tile);
+  }
+  if (tile.vectors == V::kGemmVectors) return gemm_tile_impl<Samples, V::kGemmVectors>(tile);
+  gemm_tile_impl<Samples, 1>(tile);
+}
+
+void gemm_tile(const GemmTile& tile) { gemm_tile_samples<V::kGemmSamples>(tile); }
+
+void gather_one_by_one(float* to, const float* from, int64_t count, int64_t stride) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i * stride];
+}
+
+constexpr KernelSet make_kernel_set(const char* name) {
+  return {name,
+          V::kLanes,
+          V::kConvRows,
+          V::kConvVectors,
+          V::kGemmSamples,
+          V::kGemmVectors,
+          conv_tile,
+          gemm_tile,
+          V::gather};
+}
+
+}  // namespace
+}  // namespace tetris

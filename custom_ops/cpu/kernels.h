@@ -1,0 +1,84 @@
+// The interface between the op's loops (portable C++) and the inner kernels (one file per instruction set).
+//
+// Only plain data crosses it, so that a file compiled for an instruction set instantiates nothing that another file
+// could link to by accident (an inline function compiled with AVX-512 must never be the one an older processor runs).
+#pragma once
+
+#include <cstdint>
+
+namespace tetris {
+
+// How a convolution tile reads its taps.
+enum class TapMode : int {
+  kPlain,        // every load lies inside the source
+  kSideMasked,   // rows of three adjacent taps; the first and the last ignore the lanes beyond the sides of the map
+  kEveryMasked,  // each load has a mask of its own: edges of the map, ends of the buffer
+};
+
+// One tile of a convolution: `rows` output channels x `vectors` vectors of flattened output pixels.
+//   y[r][p] = clip(bias[r] + sum over i < channels, t < taps of
+//                  weight[i][t][r] * x[channel_offset[i] + tap_offset[t] + p], low, high)
+struct ConvTile {
+  const float* x;
+  const int64_t* channel_offset;
+  int64_t channels;
+  const int64_t* tap_offset;
+  int64_t taps;
+  const float* weight;    // [channels][taps][rows]
+  const float* bias;      // [rows]
+  const uint32_t* masks;  // kSideMasked: [2][vectors] (left, right), kEveryMasked: [taps][vectors]; bit = lane
+  float* y;
+  const int64_t* row_offset;  // of the output channels, from y
+  int valid_rows;             // rows stored, at most `rows`
+  int last_lanes;             // lanes stored of the last vector
+  int rows;                   // 1, 2, 4 or 8, at most KernelSet::conv_rows
+  int vectors;                // 1 to KernelSet::conv_vectors
+  TapMode mode;
+  float low, high;
+};
+
+// Adjacent input channels of a kept part of a block row.
+struct Run {
+  int64_t begin, count;
+};
+
+// One tile of a matrix product: `samples` input vectors x up to `vectors` vectors of output channels.
+//   y[s][row_index[o]] = clip(bias[o] + sum over the runs' i of weight[i][o] * x[i][s], low, high)
+struct GemmTile {
+  const float* x;  // [input channel][samples]
+  const Run* runs;
+  int64_t run_count;
+  const float* weight;  // [kept channel][vectors * lanes]
+  const float* bias;    // [vectors * lanes]
+  float* y;
+  int64_t sample_stride;     // of y
+  const int64_t* row_index;  // [valid_rows]
+  bool contiguous;           // row_index counts up by one
+  int valid_rows;
+  int vectors;  // 1 or KernelSet::gemm_vectors
+  int samples;  // 1 to KernelSet::gemm_samples
+  float low, high;
+};
+
+struct KernelSet {
+  const char* name;
+  int lanes;
+  int conv_rows, conv_vectors;
+  int gemm_samples, gemm_vectors;
+  void (*conv_tile)(const ConvTile& tile);
+  void (*gemm_tile)(const GemmTile& tile);
+  // to[i] = from[i * stride] for i < count; reads nothing beyond from[(count - 1) * stride].
+  void (*gather)(float* to, const float* from, int64_t count, int64_t stride);
+};
+
+// The kernels of each instruction set that this library was built with.
+const KernelSet& scalar_kernels();
+const KernelSet& avx2_kernels();
+const KernelSet& avx512_kernels();
+const KernelSet& neon_kernels();
+
+// The best kernels for this processor, or those that the environment variable TETRIS_ONNX_ISA names
+// (scalar, avx2, avx512, neon). Throws std::invalid_argument when it names something unknown or not supported here.
+const KernelSet& select_kernels();
+
+}  // namespace tetris

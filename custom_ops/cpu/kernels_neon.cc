@@ -1,0 +1,61 @@
+// Kernels for 64-bit ARM (NEON): 32 registers of 4 floats.
+#include <arm_neon.h>
+
+#include "kernels.h"
+
+namespace tetris {
+namespace {
+
+void gather_one_by_one(float* to, const float* from, int64_t count, int64_t stride);
+
+struct V {
+  using Vec = float32x4_t;
+  using Mask = uint32x4_t;
+  static constexpr int kLanes = 4, kConvRows = 8, kConvVectors = 3, kGemmSamples = 6, kGemmVectors = 4;
+  static Vec zero() { return vdupq_n_f32(0.0F); }
+  static Vec set1(float a) { return vdupq_n_f32(a); }
+  static Vec load(const float* p) { return vld1q_f32(p); }
+  static void store(float* p, Vec a) { vst1q_f32(p, a); }
+  static Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
+  static Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
+  // vmaxq and vminq return NaN when either argument is NaN, which is what clipping needs.
+  static Vec max(Vec a, Vec b) { return vmaxq_f32(a, b); }
+  static Vec min(Vec a, Vec b) { return vminq_f32(a, b); }
+  static Mask expand(uint32_t bits) {
+    const uint32_t lane_bits[4] = {1, 2, 4, 8};
+    return vtstq_u32(vdupq_n_u32(bits), vld1q_u32(lane_bits));
+  }
+  static Vec load_masked(const float* p, Mask mask) {
+    uint32_t on[4];
+    vst1q_u32(on, mask);
+    float lanes[4];
+    for (int i = 0; i < 4; ++i) lanes[i] = on[i] != 0 ? p[i] : 0.0F;
+    return vld1q_f32(lanes);
+  }
+  static Vec mask_input(Vec x, Mask mask) { return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(x), mask)); }
+  static Vec fma_masked(Vec w, Vec x, Vec acc, Mask) { return fma(w, x, acc); }
+  static void gather(float* to, const float* from, int64_t count, int64_t stride) {
+    int64_t i = 0;
+    if (stride == 1) {
+      for (; i + 4 <= count; i += 4) store(to + i, load(from + i));
+    } else if (stride == 2) {
+      // 4 results come from 8 floats, the last of which may lie beyond the end.
+      for (; i + 5 <= count; i += 4) store(to + i, vld2q_f32(from + 2 * i).val[0]);
+    }
+    gather_one_by_one(to + i, from + i * stride, count - i, stride);
+  }
+};
+
+}  // namespace
+}  // namespace tetris
+
+#include "kernel_template.h"
+
+namespace tetris {
+
+const KernelSet& neon_kernels() {
+  static constexpr KernelSet kSet = make_kernel_set("neon");
+  return kSet;
+}
+
+}  // namespace tetris

@@ -1,0 +1,42 @@
+// Kernels without vector instructions: any processor, and the yardstick of the others in the tests.
+#include "kernels.h"
+
+namespace tetris {
+namespace {
+
+void gather_one_by_one(float* to, const float* from, int64_t count, int64_t stride);
+
+struct V {
+  using Vec = float;
+  using Mask = bool;
+  static constexpr int kLanes = 1, kConvRows = 4, kConvVectors = 3, kGemmSamples = 3, kGemmVectors = 4;
+  static Vec zero() { return 0.0F; }
+  static Vec set1(float a) { return a; }
+  static Vec load(const float* p) { return *p; }
+  static void store(float* p, Vec a) { *p = a; }
+  static Vec add(Vec a, Vec b) { return a + b; }
+  static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  static Vec max(Vec a, Vec b) { return a > b ? a : b; }
+  static Vec min(Vec a, Vec b) { return a < b ? a : b; }
+  static Mask expand(uint32_t bits) { return (bits & 1U) != 0; }
+  static Vec load_masked(const float* p, Mask mask) { return mask ? *p : 0.0F; }
+  static Vec mask_input(Vec x, Mask mask) { return mask ? x : 0.0F; }
+  static Vec fma_masked(Vec w, Vec x, Vec acc, Mask) { return fma(w, x, acc); }
+  static void gather(float* to, const float* from, int64_t count, int64_t stride) {
+    gather_one_by_one(to, from, count, stride);
+  }
+};
+
+}  // namespace
+}  // namespace tetris
+
+#include "kernel_template.h"
+
+namespace tetris {
+
+const KernelSet& scalar_kernels() {
+  static constexpr KernelSet kSet = make_kernel_set("scalar");
+  return kSet;
+}
+
+}  // namespace tetris

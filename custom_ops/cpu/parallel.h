@@ -1,0 +1,63 @@
+// Work items on the threads of whoever runs the kernel.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <thread>
+
+namespace tetris {
+
+// Runs function(data, index) for every index < total, on any threads, and returns when all are done.
+class ThreadPool {
+ public:
+  virtual ~ThreadPool() = default;
+  virtual void run(void (*function)(void* data, size_t index), size_t total, void* data) const = 0;
+};
+
+// How many threads the machine can run at once; a pool has at most that many worth feeding.
+inline int64_t machine_threads() {
+  static const int64_t threads = std::thread::hardware_concurrency();
+  return threads < 1 ? 1 : threads;
+}
+
+constexpr int64_t kMaxGroups = 256;
+
+// Runs `work` in two steps. First `prepare(group, i)` for i < work.prepare_items of each of work.groups groups, then
+// `compute(i)` for i < work.compute_items, of which the ones with group_of(i) == g start after group g is prepared.
+// Threads take items from one counter, in order, so an early finisher takes over what is left, and nobody waits for a
+// thread that has not yet started: a waiting thread waits only for items that others are working on.
+// `Work` needs: groups, prepare_items, compute_items, prepare, compute, group_of. At most kMaxGroups groups.
+template <class Work>
+void run_work(const ThreadPool& pool, Work& work) {
+  struct State {
+    Work& work;
+    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> prepared[kMaxGroups] = {};
+  } state{work};
+  const int64_t total = work.groups * work.prepare_items + work.compute_items;
+  auto drain = [](void* data, size_t) {
+    State& state = *static_cast<State*>(data);
+    Work& work = state.work;
+    const int64_t preparing = work.groups * work.prepare_items;
+    const int64_t total = preparing + work.compute_items;
+    for (int64_t item; (item = state.next.fetch_add(1, std::memory_order_relaxed)) < total;) {
+      if (item < preparing) {
+        const int64_t group = item / work.prepare_items;
+        work.prepare(group, item % work.prepare_items);
+        state.prepared[group].fetch_add(1, std::memory_order_release);
+      } else {
+        const int64_t index = item - preparing;
+        if (work.prepare_items > 0) {
+          const std::atomic<int64_t>& prepared = state.prepared[work.group_of(index)];
+          while (prepared.load(std::memory_order_acquire) < work.prepare_items) std::this_thread::yield();
+        }
+        work.compute(index);
+      }
+    }
+  };
+  const int64_t threads = machine_threads();
+  pool.run(drain, static_cast<size_t>(total < threads ? total : threads), &state);
+}
+
+}  // namespace tetris

@@ -1,0 +1,126 @@
+"""Models of one block-sparse node, made directly, with random kept blocks and permutations."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+
+from tests import reference
+from tetris_onnx import runtime
+
+DOMAIN = "ai.tetris"
+Array = npt.NDArray[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Op:
+    """One node of a block-sparse op: its weight, in the op's own inputs, and its attributes."""
+
+    op_type: str
+    blocks: Array
+    block_index: Array
+    input_perm: Array
+    output_perm: Array
+    bias: Array | None
+    attributes: Mapping[str, Any]
+
+    @property
+    def constants(self) -> dict[str, Array]:
+        names = ("blocks", "block_index", "input_perm", "output_perm", "bias")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def expected(self, x: Array) -> Array:
+        """The oracle's answer."""
+        oracle = reference.block_sparse_conv if self.op_type == "BlockSparseConv" else reference.block_sparse_gemm
+        arguments = {
+            name: value
+            for name, value in self.attributes.items()
+            if name not in ("block_size", "kernel_shape", "group")
+        }
+        return oracle(
+            x, self.blocks, self.block_index, self.input_perm, self.output_perm, self.bias, **arguments
+        )
+
+
+def random_op(
+    rng: np.random.Generator,
+    weight_shape: Sequence[int],
+    block_size: tuple[int, int],
+    density: float | str = 0.4,
+    *,
+    permuted: bool = True,
+    bias: bool = True,
+    **attributes: Any,
+) -> Op:
+    """A node with random kept blocks; `density` may be "one", for a single block. Edge blocks are padded with NaN.
+
+    The specification says that the padding is zero and never used: NaN there shows any use.
+    """
+    outputs, inputs, *kernel = weight_shape
+    bo, bi = block_size
+    rows, columns = math.ceil(outputs / bo), math.ceil(inputs / bi)
+    if density == "one":
+        keep = np.zeros((rows, columns), bool)
+        keep[rng.integers(rows), rng.integers(columns)] = True
+    else:
+        keep = rng.random((rows, columns)) < density
+    index = np.argwhere(keep).astype(np.int64)
+    blocks = rng.standard_normal((len(index), bo, bi, *kernel)).astype(np.float32)
+    for block, (row, column) in zip(blocks, index, strict=True):
+        block[outputs - row * bo :] = np.nan
+        block[:, inputs - column * bi :] = np.nan
+    return Op(
+        "BlockSparseConv" if kernel else "BlockSparseGemm",
+        blocks,
+        index,
+        rng.permutation(inputs) if permuted else np.arange(inputs),
+        rng.permutation(outputs) if permuted else np.arange(outputs),
+        rng.standard_normal(outputs).astype(np.float32) if bias else None,
+        {"weight_shape": list(weight_shape), "block_size": list(block_size), **attributes},
+    )
+
+
+def make_model(
+    op: Op,
+    x_shape: Sequence[int | str | None],
+    *,
+    name: str = "the_node",
+    as_inputs: Sequence[str] = (),
+    replace: Mapping[str, Array] | None = None,
+) -> onnx.ModelProto:
+    """A model of the one node, x -> y. `as_inputs` are not constant; `replace` changes constants as they are."""
+    constants = {**op.constants, **(replace or {})}
+    node = helper.make_node(op.op_type, ["x", *constants], ["y"], name=name, domain=DOMAIN, **op.attributes)
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x_shape))]
+    inputs += [
+        helper.make_tensor_value_info(i, helper.np_dtype_to_tensor_dtype(constants[i].dtype), constants[i].shape)
+        for i in as_inputs
+    ]
+    graph = helper.make_graph(
+        [node],
+        "one_node",
+        inputs,
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value, key) for key, value in constants.items() if key not in as_inputs],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+
+def session(model: onnx.ModelProto, threads: int = 1) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 4  # what goes wrong is in the exception
+    return runtime.InferenceSession(model.SerializeToString(), options)
+
+
+def run(op: Op, x: Array, threads: int = 1) -> Array:
+    return session(make_model(op, x.shape), threads).run(None, {"x": x})[0]

@@ -1,0 +1,116 @@
+"""The block-sparse ops in plain numpy: the oracle that every kernel is compared with.
+
+Written for being obviously right, not for speed: the kept blocks are put into a dense weight, the permutations are
+undone by their definition W[output_perm[i], input_perm[j]] = W_reordered[i, j], and the convolution is a sum over taps.
+All sums are in float64.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.floating]
+IntArray = npt.NDArray[np.integer]
+
+
+def dense_weight(
+    blocks: FloatArray,
+    block_index: IntArray,
+    input_perm: IntArray,
+    output_perm: IntArray,
+    weight_shape: Sequence[int],
+) -> FloatArray:
+    """The dense weight [M, C, K1..Kk] that kept blocks [B, bo, bi, K1..Kk] at grid positions [B, 2] stand for."""
+    outputs, inputs, *kernel = weight_shape
+    bo, bi = blocks.shape[1:3]
+    reordered = np.zeros((math.ceil(outputs / bo) * bo, math.ceil(inputs / bi) * bi, *kernel), blocks.dtype)
+    for block, (row, column) in zip(blocks, block_index, strict=True):
+        reordered[row * bo : (row + 1) * bo, column * bi : (column + 1) * bi] = block
+    weight = np.zeros(tuple(weight_shape), blocks.dtype)
+    weight[np.ix_(output_perm, input_perm)] = reordered[:outputs, :inputs]
+    return weight
+
+
+def conv(
+    x: FloatArray,
+    weight: FloatArray,
+    bias: FloatArray | None = None,
+    *,
+    strides: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    dilations: Sequence[int] | None = None,
+) -> FloatArray:
+    """Convolution as in ONNX Conv with group 1: x [N, C, D1..Dk], weight [M, C, K1..Kk], pads begin..end; float64."""
+    kernel = weight.shape[2:]
+    rank = len(kernel)
+    strides = strides or [1] * rank
+    dilations = dilations or [1] * rank
+    pads = pads or [0] * (2 * rank)
+    padding = [(0, 0), (0, 0), *zip(pads[:rank], pads[rank:], strict=True)]
+    padded = np.pad(x.astype(np.float64), padding)
+    size = [
+        (padded.shape[2 + d] - (kernel[d] - 1) * dilations[d] - 1) // strides[d] + 1  # output size along d
+        for d in range(rank)
+    ]
+    y = np.zeros((x.shape[0], weight.shape[0], *size))
+    for tap in itertools.product(*(range(k) for k in kernel)):
+        window = tuple(
+            slice(
+                tap[d] * dilations[d],
+                tap[d] * dilations[d] + (size[d] - 1) * strides[d] + 1,
+                strides[d],
+            )
+            for d in range(rank)
+        )
+        y += np.einsum(
+            "mc,nc...->nm...", weight[(slice(None), slice(None), *tap)].astype(np.float64), padded[(..., *window)]
+        )
+    if bias is not None:
+        y += bias.reshape(-1, *[1] * rank)
+    return y
+
+
+def block_sparse_conv(
+    x: FloatArray,
+    blocks: FloatArray,
+    block_index: IntArray,
+    input_perm: IntArray,
+    output_perm: IntArray,
+    bias: FloatArray | None = None,
+    *,
+    weight_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    dilations: Sequence[int] | None = None,
+    activation_min: float = -math.inf,
+    activation_max: float = math.inf,
+) -> FloatArray:
+    """Op BlockSparseConv (see custom_ops/README.md) in float64."""
+    weight = dense_weight(blocks, block_index, input_perm, output_perm, weight_shape)
+    y = conv(x, weight, bias, strides=strides, pads=pads, dilations=dilations)
+    return np.clip(y, activation_min, activation_max)
+
+
+def block_sparse_gemm(
+    x: FloatArray,
+    blocks: FloatArray,
+    block_index: IntArray,
+    input_perm: IntArray,
+    output_perm: IntArray,
+    bias: FloatArray | None = None,
+    *,
+    weight_shape: Sequence[int],
+    activation_min: float = -math.inf,
+    activation_max: float = math.inf,
+) -> FloatArray:
+    """Op BlockSparseGemm (see custom_ops/README.md) in float64: x [.., K] -> [.., M]."""
+    weight = dense_weight(blocks, block_index, input_perm, output_perm, weight_shape)
+    y = x.astype(np.float64) @ weight.astype(np.float64).T
+    if bias is not None:
+        y = y + bias
+    return np.clip(y, activation_min, activation_max)

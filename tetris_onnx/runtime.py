@@ -1,0 +1,87 @@
+"""The op library in an onnxruntime session: where it is, how to register it.
+
+A model that tetris-onnx wrote also runs without it (each block-sparse op carries its definition), only slower.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+
+class RuntimeMissingError(ImportError):
+    """onnxruntime is not installed."""
+
+
+class OpLibraryMissingError(FileNotFoundError):
+    """The op library is not where it should be."""
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            raise
+        raise RuntimeMissingError(
+            "onnxruntime is not installed: pip install 'tetris-onnx[cpu]' (or 'tetris-onnx[gpu]' for CUDA)"
+        ) from None
+    return onnxruntime
+
+
+def get_library_path() -> Path:
+    """Path of the op library (libtetris_onnx_ops), for onnxruntime's register_custom_ops_library in any language.
+
+    The environment variable TETRIS_ONNX_LIBRARY names another one (a sanitizer build, say).
+    Raises OpLibraryMissingError if there is none.
+    """
+    override = os.environ.get("TETRIS_ONNX_LIBRARY")
+    if override:
+        path = Path(override)
+        if not path.is_file():
+            raise OpLibraryMissingError(f"TETRIS_ONNX_LIBRARY names {override}, which is not a file")
+        return path
+    suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+    # An editable installation leaves this file in the source tree and puts the built library into site-packages.
+    folders = [Path(__file__).parent, *(Path(entry) / "tetris_onnx" for entry in sys.path)]
+    for folder in folders:
+        path = folder / f"libtetris_onnx_ops{suffix}"
+        if path.is_file():
+            return path
+    raise OpLibraryMissingError(
+        f"libtetris_onnx_ops{suffix} not found: install the package (pip install .), or name the library in the "
+        "environment variable TETRIS_ONNX_LIBRARY"
+    )
+
+
+def register(session_options: onnxruntime.SessionOptions) -> None:
+    """Make the block-sparse ops known to sessions created with these options."""
+    _onnxruntime()
+    session_options.register_custom_ops_library(str(get_library_path()))
+
+
+def InferenceSession(  # noqa: N802 - takes the place of onnxruntime.InferenceSession
+    path_or_bytes: str | bytes | os.PathLike[str],
+    sess_options: onnxruntime.SessionOptions | None = None,
+    providers: Sequence[str | tuple[str, Mapping[str, Any]]] | None = None,
+    provider_options: Sequence[Mapping[str, Any]] | None = None,
+) -> onnxruntime.InferenceSession:
+    """An onnxruntime.InferenceSession with the block-sparse ops registered; the arguments are onnxruntime's own.
+
+    `sess_options` is registered with the op library in place. `providers` defaults to CUDA where onnxruntime offers it,
+    then the CPU.
+    """
+    ort = _onnxruntime()
+    options = sess_options if sess_options is not None else ort.SessionOptions()
+    register(options)
+    if providers is None:
+        wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        providers = [provider for provider in wanted if provider in ort.get_available_providers()]
+    model = path_or_bytes if isinstance(path_or_bytes, bytes) else os.fspath(path_or_bytes)
+    return ort.InferenceSession(model, options, providers=providers, provider_options=provider_options)
