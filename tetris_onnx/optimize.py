@@ -35,6 +35,9 @@ from tetris_onnx.report import Report
 
 # Samples of the verification: the models run one after the other, and the check is of every value they give.
 _RANDOM_SAMPLES = 2
+_SQUASHING = frozenset(("HardSigmoid", "LogSoftmax", "Sigmoid", "Softmax", "Tanh"))
+_RESHAPING = frozenset(("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
+_MAX_TAIL = 8
 
 
 class VerificationError(RuntimeError):
@@ -135,9 +138,11 @@ def verify(
 
     Raises `VerificationError` when it is above ``tolerance`` (or not a number).
     """
-    runs = [compare(reference, model, samples=_RANDOM_SAMPLES)]
+    shown = _before_squashing(reference, model)
+    pair = _with_outputs(reference, shown), _with_outputs(model, shown)
+    runs = [compare(*pair, samples=_RANDOM_SAMPLES)]
     if data is not None:
-        runs.append(compare(reference, model, data))
+        runs.append(compare(*pair, data))
     error = max(run.relative for run in runs)
     if not error <= tolerance:
         raise VerificationError(
@@ -147,12 +152,40 @@ def verify(
     return error
 
 
+def _before_squashing(reference: onnx.ModelProto, model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    """Values of both models that end in a Softmax or the like, whose saturation would hide an error in them."""
+    producers = {output: node for node in reference.graph.node for output in node.output}
+    types = {value.name: value for value in reference.graph.value_info}
+    common = {output for node in model.graph.node for output in node.output} & types.keys()
+    shown = {}
+    for output in reference.graph.output:
+        node = producers.get(output.name)
+        for _ in range(_MAX_TAIL):
+            if node is None or not node.input:
+                break
+            if node.op_type in _SQUASHING and node.input[0] in common:
+                shown[node.input[0]] = types[node.input[0]]
+            node = producers.get(node.input[0]) if node.op_type in _SQUASHING | _RESHAPING else None
+    return list(shown.values())
+
+
+def _with_outputs(model: onnx.ModelProto, values: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
+    if not values:
+        return model
+    extended = onnx.ModelProto()
+    extended.CopyFrom(model)
+    extended.graph.output.extend(values)
+    return extended
+
+
 def _notes(config: Config, plan: Plan, rows: list) -> tuple[str, ...]:
     notes = []
     unused = config.unused_patterns(row.node for row in rows)
     if unused:
-        listing = ", ".join(repr(pattern) for pattern in unused)
-        notes.append(f"no layer matches {listing} (tetris-onnx inspect lists the names)")
+        listing = ", ".join(repr(pattern) for pattern in unused[:3]) + (", ..." if len(unused) > 3 else "")
+        notes.append(
+            f"{len(unused)} of {len(config.layers)} patterns match no layer: {listing} (tetris-onnx inspect lists the names)"
+        )
     if not len(plan):
         notes.append("no layer was pruned: the result computes what the original does")
     return tuple(notes)

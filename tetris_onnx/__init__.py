@@ -1,0 +1,27 @@
+"""Block-sparse ONNX models that are fast: TETRIS reordering, block pruning, and the operators that run the result.
+
+    result = tetris_onnx.optimize("model.onnx", tetris_onnx.Config(sparsity=0.5))
+    tetris_onnx.save(result.model, "model_bs.onnx")
+    session = tetris_onnx.InferenceSession("model_bs.onnx")
+"""
+
+from tetris_onnx.config import Config, LayerRule, load_config
+from tetris_onnx.graph.io import save
+from tetris_onnx.optimize import Result, optimize
+from tetris_onnx.plan import LayerPlan, Plan
+from tetris_onnx.runtime import InferenceSession, get_library_path, register
+
+__version__ = "0.1.0"
+__all__ = [
+    "Config",
+    "InferenceSession",
+    "LayerPlan",
+    "LayerRule",
+    "Plan",
+    "Result",
+    "get_library_path",
+    "load_config",
+    "optimize",
+    "register",
+    "save",
+]
