@@ -93,7 +93,7 @@ def test_the_summary_states_before_and_after() -> None:
 def test_measured_accuracy_and_time_join_the_summary() -> None:
     measured = replace(
         REPORT,
-        labelled=1000,
+        labeled=1000,
         accuracy=(0.925, 0.9),
         agreement=0.95,
         milliseconds=(2.0, 1.25),

@@ -91,10 +91,10 @@ def load_labels(path: str | Path, inputs: Sequence[InputSpec]) -> NDArray[np.int
     Raises `CalibrationError` where it is not a list of integers, or only some files of a folder have it.
     """
     names = tuple(name for name in LABEL_NAMES if name not in _names(inputs))
-    parts, unlabelled = [], 0
+    parts, unlabeled = [], 0
     for file, _, arrays in _read(Path(path), names):
         if not arrays:
-            unlabelled += 1
+            unlabeled += 1
             continue
         name, labels = next(iter(arrays.items()))
         if labels.ndim == 2 and labels.shape[1] == 1:
@@ -106,8 +106,8 @@ def load_labels(path: str | Path, inputs: Sequence[InputSpec]) -> NDArray[np.int
         parts.append(labels.astype(np.int64))
     if not parts:
         return None
-    if unlabelled:
-        raise CalibrationError(f"{path}: {unlabelled} of {unlabelled + len(parts)} files have no labels")
+    if unlabeled:
+        raise CalibrationError(f"{path}: {unlabeled} of {unlabeled + len(parts)} files have no labels")
     return np.concatenate(parts)
 
 

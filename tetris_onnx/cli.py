@@ -36,10 +36,10 @@ _PIPE_WIDTH = 160
 _BENCH_SECONDS = 3.0
 
 _NOT_RETRAINED = "nothing was retrained: at this sparsity the accuracy drops."
-_MEASURE = " Measure it on labelled samples: --data FILE.npz."
+_MEASURE = " Measure it on labeled samples: --data FILE.npz."
 _IF_TOO_LOW = (
-    " If it is too low: prune less (--sparsity), keep sensitive layers dense (--config), or fine-tune the model and apply "
-    "the same plan to it (--save-plan, then --plan)."
+    " If it is too low: prune less (--sparsity), keep sensitive layers dense (--config), or fine-tune the model and "
+    "apply the same plan to it (--save-plan, then --plan)."
 )
 
 
@@ -416,13 +416,15 @@ def _refuse_together(option: str, others: dict[str, Any]) -> None:
 
 def _check_outputs(model: Path, outputs: dict[str, Path | None]) -> None:
     """Refuse what could not be written, or would overwrite the input, before any work is done."""
-    taken = {model.resolve(): "MODEL"}
+    taken = {"MODEL": model}
     for option, path in outputs.items():
         if path is None:
             continue
-        other = taken.setdefault(path.resolve(), option)
-        if other != option or (path.exists() and model.exists() and path.samefile(model)):
-            raise UsageError(f"{option} {path}: the same file as {other}; nothing is overwritten in place")
+        for other, file in taken.items():
+            linked = path.exists() and file.exists() and path.samefile(file)
+            if linked or path.resolve() == file.resolve():
+                raise UsageError(f"{option} {path}: the same file as {other}; give another name")
+        taken[option] = path
         if path.is_dir():
             raise UsageError(f"{option} {path}: a folder; give the name of a file")
         if not path.parent.is_dir():
@@ -448,10 +450,10 @@ def _with_accuracy(
     from tetris_onnx.compare import compare as run_compare
 
     found = run_compare(model, result, data, progress=lambda done, total: progress("accuracy", done, total))
-    report = replace(report, agreement=found.agreement, labelled=found.samples)
+    report = replace(report, agreement=found.agreement)
     if found.accuracy_a is None or found.accuracy_b is None:
         return replace(report, notes=(*report.notes, f"{data} has no array 'label', so there is no accuracy"))
-    return replace(report, accuracy=(found.accuracy_a, found.accuracy_b))
+    return replace(report, accuracy=(found.accuracy_a, found.accuracy_b), labeled=found.samples)
 
 
 def _with_times(report: Report, model: Path, result: Any, progress: Callable[[str, int, int], None]) -> Report:

@@ -61,7 +61,7 @@ class Report:
     seconds: dict[str, float]  # by stage
     importance: str
     notes: tuple[str, ...] = ()
-    labelled: int | None = None  # samples behind accuracy
+    labeled: int | None = None  # samples behind accuracy
     accuracy: tuple[float, float] | None = None  # (before, after), top-1
     agreement: float | None = None  # share of samples with the same top-1 before and after
     milliseconds: tuple[float, float] | None = None  # (before, after), median of one run: batch 1, one thread
@@ -128,7 +128,7 @@ def summary(report: Report) -> list[tuple[str, str]]:
     if report.accuracy:
         old, new = report.accuracy
         text = f"{percent(old)} -> {percent(new)} ({100 * (new - old):+.1f} points)"
-        lines.append(("accuracy", f"{text} on {report.labelled} samples"))
+        lines.append(("accuracy", f"{text} on {report.labeled} samples"))
     if report.agreement is not None:
         lines.append(("same top-1", percent(report.agreement)))
     if report.milliseconds and report.speedup:
