@@ -112,13 +112,19 @@ class Reordering:
     start: str  # the winning start; "none" where no reordering was better
 
 
+_LARGE = 2**25  # elements: only fully connected layers are larger
+
+
 def default_starts(shape: Sequence[int], method: Method) -> tuple[Start, ...]:
     """The starts that `reorder` tries unasked, fewer random ones the larger the array.
 
     Random starts win more than anything else on small grids, and are cheap there.
     """
     size = int(np.prod(shape, dtype=np.int64))
-    fixed: tuple[Start, ...] = ("greedy", "identity", "sorted") if method == "exact" else ("identity", "sorted")
+    if method == "greedy":
+        fixed: tuple[Start, ...] = ("identity", "sorted")
+    else:
+        fixed = ("greedy", "sorted") if size > _LARGE else ("greedy", "identity", "sorted")
     return fixed + ("random",) * min(64, 2**22 // size)
 
 
@@ -175,6 +181,8 @@ def reorder(
 
     rng = np.random.default_rng(seed)
     m_step = exact_step if method == "exact" else greedy_step
+    # Large arrays take seconds per iteration, and their last iterations gain next to nothing.
+    tolerance = 1e-4 if method == "exact" and importance.size > _LARGE else 1e-6
     for start in default_starts(shape, method) if starts is None else starts:
         perms, iterations = list(origin), 0
         if start == "sorted":
@@ -185,11 +193,11 @@ def reorder(
             for axis in movable:
                 perms[axis] = rng.permutation(shape[axis])
         elif start == "greedy" and method == "exact":
-            perms, iterations = _alternate(importance, pruner, movable, perms, greedy_step, max_iterations)
+            perms, iterations = _alternate(importance, pruner, movable, perms, greedy_step, max_iterations, 1e-6)
             best = max(best, result(perms, iterations, start), key=lambda r: r.retained)
         elif start not in ("greedy", "identity"):
             raise ValueError(f"unknown start {start!r}: use 'identity', 'sorted', 'random' or 'greedy'")
-        perms, more = _alternate(importance, pruner, movable, perms, m_step, max_iterations)
+        perms, more = _alternate(importance, pruner, movable, perms, m_step, max_iterations, tolerance)
         best = max(best, result(perms, iterations + more, start), key=lambda r: r.retained)
     return best
 
@@ -201,8 +209,9 @@ def _alternate(
     perms: Sequence[Permutation],
     m_step: MStep,
     max_iterations: int,
+    tolerance: float,
 ) -> tuple[list[Permutation], int]:
-    """E- and M-steps from ``perms`` until an iteration gains less than one millionth. Returns the order and their number."""
+    """E- and M-steps from ``perms`` until one of each gains less than the share ``tolerance``: the order, their number."""
     perms, size = list(perms), pruner.block_size
     held, iteration = -1.0, 0
     slices = _sum_other_groups(importance, perms, size, axes[0])
@@ -210,7 +219,7 @@ def _alternate(
         sums = _sum_groups(slices, axes[0], perms[axes[0]], size[axes[0]]).astype(np.float64)
         keep = pruner.prune(sums)
         previous, held = held, float(sums[keep].sum())
-        if held <= previous * (1 + 1e-6):
+        if held <= previous * (1 + tolerance):
             break
         for axis, following in zip(axes, [*axes[1:], axes[0]], strict=True):
             n = importance.shape[axis]
@@ -237,22 +246,70 @@ def exact_step(
     Which of the groups of one pattern a slice goes to does not matter to this step. It does to the next E-step, which can
     choose better among unequal blocks than among equal ones: they are filled in the order of gain.
     """
-    n, patterns = gain.shape
     target = pattern[groups]
-    if patterns > 1:
-        from ot.lp import emd  # imported here: the package takes a second to load, and only this needs it
-
-        cost = (gain.max() - gain).astype(np.float64)
-        room = np.bincount(pattern, weights=capacities, minlength=patterns)
-        flow = emd(np.ones(n), room, cost, numItermax=10**8)
-        target = flow.argmax(axis=1)
-        if not np.array_equal(np.bincount(target, minlength=patterns), room):
-            raise RuntimeError(f"the transport of {n} slices to {patterns} destinations did not converge")
+    if gain.shape[1] > 1:
+        target = transport(gain, np.bincount(pattern, weights=capacities, minlength=gain.shape[1]))
     seats = np.repeat(np.arange(capacities.size), capacities)
     seats = seats[np.argsort(pattern[seats], kind="stable")]
-    assigned = np.empty(n, np.int64)
-    assigned[np.lexsort((-gain[np.arange(n), target], target))] = seats
+    assigned = np.empty_like(groups)
+    assigned[np.lexsort((-gain[np.arange(groups.size), target], target))] = seats
     return assigned
+
+
+def transport(gain: NDArray, room: NDArray) -> NDArray[np.int64]:
+    """Assign n slices to destinations of limited room at the largest total gain. Returns the destinations, [n].
+
+    ``gain`` [n, P]; ``room`` [P] whole numbers, at least one each, n in all.
+
+    Network simplex takes its time by the number of slices, of which most are not contested at the right prices: they go
+    where ``gain - price`` is largest, whoever else comes. So: estimate the prices on a sample, settle the slices whose best
+    destination wins by the widest margins, solve for the rest, and ask the settled ones again at the new prices. When none
+    would rather move, prices and assignment prove each other optimal (complementary slackness); otherwise those that would,
+    and those that nearly would, are contested too. Exact in any case, and 3 to 7 times faster at n = 25088.
+    """
+    n, count = gain.shape
+    gain = gain.astype(np.float64)
+    if n <= _SAMPLE:
+        return _network_simplex(gain, room)[0]
+    sample = gain[:: -(-n // _SAMPLE)]
+    _, price = _network_simplex(sample, room * (len(sample) / n))
+    worth = gain - price
+    target = worth.argmax(axis=1)
+    # Of each destination, the widest margins up to four fifths of its room: the price of a full one would be unknown.
+    order = np.lexsort((-_margin(worth, target), target))
+    rank = np.empty(n, np.int64)
+    rank[order] = np.arange(n) - np.searchsorted(target[order], np.arange(count))[target[order]]
+    contested = rank >= 0.8 * room[target] - 1
+    tolerance = 1e-9 * float(gain.max() - gain.min())
+    while True:
+        left = room - np.bincount(target[~contested], minlength=count)
+        target[contested], price = _network_simplex(gain[contested], left)
+        margin = np.where(contested, np.inf, _margin(gain - price, target))
+        moves = margin < -tolerance
+        if not moves.any():
+            return target
+        contested |= margin < -np.quantile(margin[moves], 0.7)
+
+
+_SAMPLE = 2048  # slices that network simplex solves in some 30 ms
+
+
+def _margin(worth: NDArray[np.float64], target: NDArray[np.int64]) -> NDArray[np.float64]:
+    """By how much each slice prefers its target to the best other destination. Overwrites ``worth`` there."""
+    rows = np.arange(target.size)
+    own = worth[rows, target]
+    worth[rows, target] = -np.inf
+    return own - worth.max(axis=1)
+
+
+def _network_simplex(gain: NDArray[np.float64], room: NDArray) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The optimal destination of each slice and the prices of the destinations."""
+    from ot.lp import emd  # imported here: the package takes seconds to load where PyTorch is installed
+
+    flow, log = emd(np.ones(len(gain)), room.astype(np.float64), gain.max() - gain, numItermax=10**8, log=True)
+    if log["warning"] is not None:
+        raise RuntimeError(f"transport of {gain.shape[0]} slices to {gain.shape[1]} destinations: {log['warning']}")
+    return flow.argmax(axis=1), -log["v"]
 
 
 def greedy_step(
@@ -260,53 +317,59 @@ def greedy_step(
 ) -> NDArray[np.int64]:
     """Swap the pair of slices that gains the most until no swap gains anything. Arguments and result as `exact_step`.
 
-    ``best[J, K]`` is the most that one slice of group J gains by going to K, so the best swap of the two groups gains
-    ``best[J, K] + best[K, J]``. A swap changes two rows of ``best``: an update of O(n) for groups of fixed size.
+    ``best[J, p]`` is the most that one slice of group J gains by going to a group of pattern p, so the best swap of groups J
+    and K gains ``best[J, pattern[K]] + best[K, pattern[J]]``. A swap changes two rows of ``best``: O(n) work for groups of
+    fixed size (section 4.2).
     """
     count = capacities.size
-    gain = gain[:, pattern]
     groups = groups.copy()
-    own = gain[np.arange(groups.size), groups]
+    own = gain[np.arange(groups.size), pattern[groups]]
     # Rounding must not make a swap and its reverse both look like gains.
     tolerance = 8 * float(np.finfo(gain.dtype).eps) * float(gain.max(initial=0.0))
     members = np.split(np.argsort(groups, kind="stable"), np.cumsum(capacities)[:-1])
-    best = np.empty((count, count), gain.dtype)
-    which = np.empty((count, count), np.int64)  # the position in members[J] of the slice meant by best[J, K]
-    columns = np.arange(count)
+    best = np.empty((count, gain.shape[1]), gain.dtype)
+    which = np.empty(best.shape, np.int64)  # the position in members[J] of the slice meant by best[J, p]
+    patterns = np.arange(gain.shape[1])
 
     def update(j: int) -> None:
         moves = gain[members[j]] - own[members[j], None]
         which[j] = moves.argmax(axis=0)
-        best[j] = moves[which[j], columns]
+        best[j] = moves[which[j], patterns]
 
     for j in range(count):
         update(j)
-    swap = best + best.T
+    swap = best[:, pattern]
+    swap += swap.T.copy()
     np.fill_diagonal(swap, -np.inf)
+    # The best partner of each group, so that the best swap is found without a look at all of them.
     partner = swap.argmax(axis=1)
-    value = swap[columns, partner]
+    value = swap.max(axis=1)
     while True:
         j = int(value.argmax())
         if not value[j] > tolerance:
             return groups
         k = int(partner[j])
-        from_j, from_k = which[j, k], which[k, j]
+        from_j, from_k = which[j, pattern[k]], which[k, pattern[j]]
         a, b = members[j][from_j], members[k][from_k]
         members[j][from_j], members[k][from_k] = b, a
         groups[a], groups[b] = k, j
-        own[a], own[b] = gain[a, k], gain[b, j]
-        update(j)
-        update(k)
+        own[a], own[b] = gain[a, pattern[k]], gain[b, pattern[j]]
         for g in (j, k):
-            swap[g] = swap[:, g] = best[g] + best[:, g]
-            swap[g, g] = -np.inf
-            higher = swap[g] > value
-            value[higher], partner[higher] = swap[g][higher], g
+            update(g)
         # Rows whose best partner was one of the two may have lost it.
-        stale = np.flatnonzero((partner == j) | (partner == k))
-        stale = np.union1d(stale, (j, k))
-        partner[stale] = swap[stale].argmax(axis=1)
-        value[stale] = swap[stale, partner[stale]]
+        stale = (partner == j) | (partner == k)
+        stale[j] = stale[k] = True
+        for g in (j, k):
+            row = best[g, pattern] + best[:, pattern[g]]
+            row[g] = -np.inf
+            swap[g] = row
+            swap[:, g] = row
+            higher = np.flatnonzero(row > value)
+            value[higher], partner[higher] = row[higher], g
+        rows = np.flatnonzero(stale)
+        found = swap[rows]
+        partner[rows] = found.argmax(axis=1)
+        value[rows] = found.max(axis=1)
 
 
 def _sum_other_groups(array: NDArray, perms: Sequence[Permutation], size: Sequence[int], axis: int) -> NDArray:
