@@ -1,5 +1,7 @@
 """Block-sparse ONNX models that are fast: TETRIS reordering, block pruning, and the operators that run the result.
 
+A whole run::
+
     result = tetris_onnx.optimize("model.onnx", tetris_onnx.Config(sparsity=0.5))
     tetris_onnx.save(result.model, "model_bs.onnx")
     session = tetris_onnx.InferenceSession("model_bs.onnx")

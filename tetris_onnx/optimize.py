@@ -63,12 +63,12 @@ def optimize(
 ) -> Result:
     """Reorder, prune and lower the layers of ``model``, and verify the result in onnxruntime.
 
-    The result is compared with the dense model in which the same blocks are zero, on random inputs and on the samples of
-    ``calibration`` (an .npz with one array per model input). ``plan`` replaces the search; ``dump_passes`` is a folder for
-    the model after each pass. ``model`` is not changed.
+    The result is compared with the dense model in which the same blocks are zero, on random inputs and on the samples
+    of ``calibration`` (an .npz with one array per model input). ``plan`` replaces the search; ``dump_passes`` is a
+    folder for the model after each pass. ``model`` is not changed.
 
-    Raises `ModelError` (a file that is no model), `PlanError` (a plan for another model), `PassError` and `VerificationError`
-    (a mistake of ours: the model must not be used).
+    Raises `ModelError` (a file that is no model), `PlanError` (a plan for another model), `PassError` and
+    `VerificationError` (a mistake of ours: the model must not be used).
     """
     config = config or Config()
     clock = _Clock(progress)
@@ -108,8 +108,8 @@ def optimize(
 def pipeline(plan: Plan, gathers: str = "absorb") -> list[Pass]:
     """The passes that turn a dense graph into a block-sparse one, in order.
 
-    Pruning comes before reordering (the same blocks, in the layer's own order), so that every later pass has to leave the
-    result as it is; Gathers are absorbed after lowering, when the operators are there to take them.
+    Pruning comes before reordering (the same blocks, in the layer's own order), so that every later pass has to leave
+    the result as it is; Gathers are absorbed after lowering, when the operators are there to take them.
     """
     steps: list[tuple[str, Callable[[gs.Graph], None]]] = [
         ("normalize_layers", normalize_layers),
@@ -184,7 +184,8 @@ def _notes(config: Config, plan: Plan, rows: list) -> tuple[str, ...]:
     if unused:
         listing = ", ".join(repr(pattern) for pattern in unused[:3]) + (", ..." if len(unused) > 3 else "")
         notes.append(
-            f"{len(unused)} of {len(config.layers)} patterns match no layer: {listing} (tetris-onnx inspect lists the names)"
+            f"{len(unused)} of {len(config.layers)} patterns match no layer: {listing} "
+            "(tetris-onnx inspect lists the names)"
         )
     if not len(plan):
         notes.append("no layer was pruned: the result computes what the original does")

@@ -1,7 +1,7 @@
 """What to do with each layer of a model: the decisions of a run, saved and loaded as one ``.npz`` file.
 
-A plan is everything that the search decided and nothing else: permutations, block size and keep mask per layer. It holds
-no weights, so a plan made for one export of a model can be applied to another one (a fine-tuned one, say).
+A plan is everything that the search decided and nothing else: permutations, block size and keep mask per layer. It
+holds no weights, so a plan made for one export of a model can be applied to another one (a fine-tuned one, say).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class PlanError(ValueError):
 class LayerPlan:
     """How one weight matrix ``W`` [out, in, ...] is reordered and pruned.
 
-    The reordered weight is ``W[out_perm][:, in_perm]``; its block ``(i, j)`` of ``block_size`` rows and columns (cut off at
-    the edges) survives where ``keep[i, j]``.
+    The reordered weight is ``W[out_perm][:, in_perm]``; its block ``(i, j)`` of ``block_size`` rows and columns (cut
+    off at the edges) survives where ``keep[i, j]``.
 
     Raises `PlanError` when the arrays do not fit together.
     """

@@ -1,6 +1,6 @@
 """Decide what to do with each layer: which ones to prune, in which blocks, in which channel order.
 
-    model + config -> Plan, and a row per layer that says what was decided and why
+model + config -> Plan, and a row per layer that says what was decided and why
 """
 
 from __future__ import annotations
@@ -66,19 +66,21 @@ def prepare(graph: gs.Graph) -> gs.Graph:
 def survey(graph: gs.Graph, config: Config) -> list[Candidate]:
     """Every layer of a prepared graph, with what the options make of it."""
     layers = find_layers(graph)
-    weighted = {id(layer.node) for layer in layers if len(layer.node.inputs) > 1 and isinstance(layer.node.inputs[1], gs.Constant)}
+    weighted = {
+        id(layer.node)
+        for layer in layers
+        if len(layer.node.inputs) > 1 and isinstance(layer.node.inputs[1], gs.Constant)
+    }
     from_input = _reachable(graph, graph.inputs, weighted, downwards=True)
     to_output = _reachable(graph, graph.outputs, weighted, downwards=False)
     return [_judge(layer, config, id(layer.node) in from_input, id(layer.node) in to_output) for layer in layers]
 
 
-def make_plan(
-    graph: gs.Graph, config: Config, progress: Progress | None = None
-) -> tuple[Plan, list[LayerReport]]:
+def make_plan(graph: gs.Graph, config: Config, progress: Progress | None = None) -> tuple[Plan, list[LayerReport]]:
     """Search the permutations and keep masks of all layers of a prepared graph, in parallel processes.
 
-    Layers that share a weight and have the same options share one search. Deterministic for ``config.seed``, whatever the
-    number of processes.
+    Layers that share a weight and have the same options share one search. Deterministic for ``config.seed``, whatever
+    the number of processes.
     """
     candidates = survey(graph, config)
     jobs: dict[tuple, int] = {}
@@ -174,7 +176,7 @@ def _judge(layer: Layer, config: Config, first: bool, last: bool) -> Candidate:
 
 
 def _free_axes(candidate: Candidate, config: Config) -> tuple[int, ...]:
-    """The axes of the weight whose order is free. A Gather at a border of the model would have no partner to merge with."""
+    """The axes whose order is free: a Gather at a border of the model would have no partner to merge with."""
     if config.gathers == "absorb":
         return 0, 1
     return tuple(axis for axis, border in ((0, candidate.last), (1, candidate.first)) if not border)
@@ -207,7 +209,11 @@ def _numbered(index: int, task: tuple) -> tuple[int, Reordering]:
 
 def _describe(candidate: Candidate, plan: LayerPlan | None, shares: tuple[float, float] | None) -> LayerReport:
     layer = candidate.layer
-    known = len(layer.node.inputs) > 1 and isinstance(layer.node.inputs[1], gs.Constant) and len(layer.node.inputs[1].shape) > 1
+    known = (
+        len(layer.node.inputs) > 1
+        and isinstance(layer.node.inputs[1], gs.Constant)
+        and len(layer.node.inputs[1].shape) > 1
+    )
     shape = layer.weight_shape if known else ()
     parameters = int(np.prod(shape, dtype=np.int64)) if known else 0
     density = 1.0 if plan is None else plan.density
@@ -230,7 +236,7 @@ def _describe(candidate: Candidate, plan: LayerPlan | None, shares: tuple[float,
 
 
 def _reachable(graph: gs.Graph, start: Sequence[gs.Tensor], stops: set[int], downwards: bool) -> set[int]:
-    """Ids of the nodes that are reached from values without passing a node of ``stops`` (which are reached themselves)."""
+    """Ids of the nodes reached from values without passing a node of ``stops`` (which are reached themselves)."""
     seen: set[int] = set()
     todo = list(start)
     while todo:

@@ -1,11 +1,13 @@
 """What operators do to the channel axis, and the regions of a graph that have to share one channel order.
 
-The table below names every operator that treats channels one by one: if its inputs come with their channels reordered, its
-outputs come reordered alike, bit for bit (vectors of its own, such as a BatchNormalization's, are reordered with them). An
-operator that is not in the table is a barrier: no reordering passes it, so a model with unknown operators stays right.
+The table below names every operator that treats channels one by one: if its inputs come with their channels
+reordered, its outputs come reordered alike, bit for bit (vectors of its own, such as a BatchNormalization's, are
+reordered with them). An operator that is not in the table is a barrier: no reordering passes it, so a model with
+unknown operators stays right.
 
-A channel axis can be folded into a longer one: after Flatten, channel c of [N, C, H, W] owns the positions c*H*W to (c+1)*H*W - 1.
-`ChannelAxis` says where the channels of a value are: its axis has ``outer * channels * inner`` positions.
+A channel axis can be folded into a longer one: after Flatten, channel c of [N, C, H, W] owns the positions c*H*W to
+(c+1)*H*W - 1. `ChannelAxis` says where the channels of a value are: its axis has ``outer * channels * inner``
+positions.
 """
 
 from __future__ import annotations
@@ -22,19 +24,28 @@ from tetris_onnx.graph.layers import layer_of
 
 # y = f(x), value by value. (Dropout and Cast too; a Dropout's mask is not.)
 _ELEMENTWISE = frozenset(
-    "Abs Acos Acosh Asin Asinh Atan Atanh Cast Ceil Celu Clip Cos Cosh Dropout Elu Erf Exp Floor Gelu HardSigmoid HardSwish Identity "
-    "IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan "
-    "Tanh ThresholdedRelu".split()
+    """
+    Abs Acos Acosh Asin Asinh Atan Atanh Cast Ceil Celu Clip Cos Cosh Dropout Elu Erf Exp Floor Gelu HardSigmoid
+    HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin
+    Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu
+    """.split()
 )
 # y = f(a, b, ...) with ONNX's (numpy's) broadcasting.
 _BROADCAST = frozenset(
-    "Add And Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or PRelu Pow Sub Sum Where Xor".split()
+    """
+    Add And Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or PRelu Pow Sub Sum Where
+    Xor
+    """.split()
 )
 # Each channel of axis 1 on its own, over the axes behind it.
-_POOLING = frozenset("AveragePool GlobalAveragePool GlobalLpPool GlobalMaxPool LpPool MaxPool".split())
+_POOLING = frozenset(["AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "LpPool", "MaxPool"])
 # As pooling, with vectors of one value per channel in these inputs.
 _NORMALIZATION = {"BatchNormalization": (1, 2, 3, 4), "InstanceNormalization": (1, 2)}
-_REDUCTIONS = frozenset("ReduceL1 ReduceL2 ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare".split())
+_REDUCTIONS = frozenset(
+    """
+    ReduceL1 ReduceL2 ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare
+    """.split()
+)
 # Takes no notice of the order.
 _ORDER_FREE = frozenset(("Shape", "Size"))
 
@@ -61,7 +72,7 @@ class ChannelAxis:
 
 @dataclass(frozen=True)
 class End:
-    """Where a region ends: ``node`` reads (or, for a source, writes) one of its values, with the channels at ``where``."""
+    """Where a region ends: ``node`` reads (a source writes) one of its values, with the channels at ``where``."""
 
     node: gs.Node
     slot: int  # index of the input (of the output, for a source)
@@ -73,7 +84,9 @@ class Region:
     """Values that have to share one channel order, with all that has to be changed to give them another one."""
 
     values: list[tuple[gs.Tensor, ChannelAxis]] = field(default_factory=list)
-    parameters: list[End] = field(default_factory=list)  # constants of one value per channel; ``where`` is in the constant
+    parameters: list[End] = field(
+        default_factory=list
+    )  # constants of one value per channel; ``where`` is in the constant
     sources: list[End] = field(default_factory=list)  # layers, Gathers and Concats that write into the region
     sinks: list[End] = field(default_factory=list)  # layers, Gathers and Concats that read from it
     barriers: list[str] = field(default_factory=list)  # why it cannot be reordered; empty where it can
@@ -159,7 +172,9 @@ def _is_end(end: End, is_input: bool) -> bool:
 
 def _relate(node: gs.Node, slot: int, is_input: bool, where: ChannelAxis) -> _Relation | None:
     """How the channel axis of one slot continues in the others; None for an operator that is not in the table."""
-    if node.domain not in (None, "", "ai.onnx") or any(t.shape is None for t in (*node.inputs, *node.outputs) if not t.is_empty()):
+    if node.domain not in (None, "", "ai.onnx") or any(
+        t.shape is None for t in (*node.inputs, *node.outputs) if not t.is_empty()
+    ):
         return None
     tensor = node.inputs[slot] if is_input else node.outputs[slot]
     if tensor.shape[where.axis] != where.length:
@@ -188,7 +203,11 @@ def _relate(node: gs.Node, slot: int, is_input: bool, where: ChannelAxis) -> _Re
     if op in ("Softmax", "LogSoftmax"):
         return _same(node, where) if _axis(node.attrs.get("axis", -1), node.inputs[0]) != where.axis else None
     if op == "Concat":  # along another axis: see _is_end
-        return _Relation(tuple((i, where) for i in range(len(node.inputs))), ((0, where),)) if _all_fit(node, where) else None
+        return (
+            _Relation(tuple((i, where) for i in range(len(node.inputs))), ((0, where),))
+            if _all_fit(node, where)
+            else None
+        )
     if op == "Split":
         if _axis(node.attrs.get("axis", 0), node.inputs[0]) == where.axis or (is_input and slot != 0):
             return None
@@ -213,7 +232,7 @@ def _relate(node: gs.Node, slot: int, is_input: bool, where: ChannelAxis) -> _Re
 
 
 def reshape_axis(before: Sequence[int | str], after: Sequence[int | str], where: ChannelAxis) -> ChannelAxis | None:
-    """Where the channels at ``where`` are after a reshape; None where they are torn apart or the sizes are not known."""
+    """Where the channels at ``where`` are after a reshape; None if they are torn apart or a size is not known."""
     groups = _matching_groups(before, after)
     if groups is None:
         return None
@@ -261,7 +280,9 @@ def _matching_groups(before: Sequence[int | str], after: Sequence[int | str]) ->
 def _same(node: gs.Node, where: ChannelAxis, parameters: tuple[tuple[int, ChannelAxis], ...] = ()) -> _Relation | None:
     if node.outputs[0].shape[where.axis : where.axis + 1] != node.inputs[0].shape[where.axis : where.axis + 1]:
         return None
-    if any(not isinstance(node.inputs[i], gs.Constant) or node.inputs[i].shape[0] != where.length for i, _ in parameters):
+    if any(
+        not isinstance(node.inputs[i], gs.Constant) or node.inputs[i].shape[0] != where.length for i, _ in parameters
+    ):
         return None
     return _Relation(((0, where),), ((0, where),), parameters)
 
@@ -314,7 +335,11 @@ def _leaves_axis_alone(node: gs.Node, axis: int) -> bool:
         return False
     if any(not isinstance(t, gs.Constant) for t in node.inputs[1:] if not t.is_empty()):
         # Sizes computed at run time: a Resize of the spatial axes usually has them, and its shapes are known here.
-        return node.op == "Resize" and node.attrs.get("coordinate_transformation_mode") != "tf_crop_and_resize" and axis < 2
+        return (
+            node.op == "Resize"
+            and node.attrs.get("coordinate_transformation_mode") != "tf_crop_and_resize"
+            and axis < 2
+        )
     if node.op in ("Resize", "Upsample"):
         return node.attrs.get("coordinate_transformation_mode") != "tf_crop_and_resize"
     rank = len(data.shape)

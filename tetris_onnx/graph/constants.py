@@ -1,4 +1,4 @@
-"""Values that a graph computes from constants alone: weights in Constant nodes, behind Transpose, Identity, ConstantOfShape..."""
+"""Values that a graph computes from constants alone: weights in Constant nodes, behind Transpose or ConstantOfShape."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from tetris_onnx.graph.shapes import run_node
 
-# Operators that exporters put between a stored weight and the layer. DequantizeLinear is not among them: a quantized weight
-# has to stay one.
+# Operators that exporters put between a stored weight and the layer. DequantizeLinear is not among them: a quantized
+# weight has to stay one.
 _FOLDABLE = frozenset(
-    "Abs Add Cast Concat Constant ConstantOfShape Div Exp Expand Flatten Gather Identity Mul Neg Pad Reciprocal ReduceL2 ReduceMean "
-    "ReduceSum Reshape Slice Sqrt Squeeze Sub Tile Transpose Unsqueeze".split()
+    """
+    Abs Add Cast Concat Constant ConstantOfShape Div Exp Expand Flatten Gather Identity Mul Neg Pad Reciprocal
+    ReduceL2 ReduceMean ReduceSum Reshape Slice Sqrt Squeeze Sub Tile Transpose Unsqueeze
+    """.split()
 )
 _MAX_DEPTH = 64
 

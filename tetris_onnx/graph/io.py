@@ -1,7 +1,7 @@
 """Model files in and out: ONNX file <-> `onnx.ModelProto` <-> onnx-graphsurgeon graph.
 
-`to_graph` also annotates every value with its shape as far as it is known: an int for a dimension that is the same for every
-input size, a name otherwise. The passes rely on these annotations and keep them.
+`to_graph` also annotates every value with its shape as far as it is known: an int for a dimension that is the same
+for every input size, a name otherwise. The passes rely on these annotations and keep them.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
         return version_converter.convert_version(model, MIN_OPSET)
     except Exception as error:
         raise ModelError(
-            f"the model is at opset {opset(model)} and cannot be converted to opset {MIN_OPSET} ({_first_line(error)}); "
-            "export it again at a later opset"
+            f"the model is at opset {opset(model)} and cannot be converted to opset {MIN_OPSET}: "
+            f"export it again at a later one ({_first_line(error)})"
         ) from None
 
 

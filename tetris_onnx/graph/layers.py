@@ -1,6 +1,7 @@
 """One view of every layer that multiplies by a weight: Conv, Gemm, MatMul, and our own two operators.
 
-Whatever the node's own form (``transB``, a MatMul's [in, out] weight), a `Layer` shows its weight as ``[out, in, *kernel]``.
+Whatever the node's own form (``transB``, a MatMul's [in, out] weight), a `Layer` shows its weight as ``[out, in,
+*kernel]``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ REORDERED = "/reordered"
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A node with a weight. ``why_dense`` is empty where the weight can be reordered and pruned, else it says why not."""
+    """A node with a weight. ``why_dense`` says why it cannot be reordered and pruned; empty where it can."""
 
     node: gs.Node
     why_dense: str
@@ -76,7 +77,7 @@ class Layer:
 
     @property
     def bias(self) -> NDArray | None:
-        """The bias ``[out]``, or None. Only for layers in normal form (see passes.normalize_layers) and our operators."""
+        """The bias ``[out]``, or None. For our operators and layers in normal form (passes.normalize_layers)."""
         index = 5 if self.block_sparse else 2
         if len(self.node.inputs) <= index or self.node.inputs[index].is_empty():
             return None
@@ -149,13 +150,18 @@ def _why_dense(node: gs.Node) -> str:
         return "its bias or a transposed input is not in a form that can be reordered"
     if node.op == "Conv" and conv_window(node) is None:
         return "its padding depends on the input size"
-    if node.op == "Conv" and len(node.inputs) > 2 and not node.inputs[2].is_empty() and not isinstance(node.inputs[2], gs.Constant):
+    if (
+        node.op == "Conv"
+        and len(node.inputs) > 2
+        and not node.inputs[2].is_empty()
+        and not isinstance(node.inputs[2], gs.Constant)
+    ):
         return "its bias is not a constant"
     return ""
 
 
 def conv_window(node: gs.Node) -> dict[str, list[int]] | None:
-    """kernel_shape, strides, pads and dilations of a Conv written out; None where ``auto_pad`` needs a size that is dynamic."""
+    """kernel_shape, strides, pads and dilations of a Conv; None if ``auto_pad`` needs a size that is not known."""
     kernel = list(node.inputs[1].shape[2:])
     axes = len(kernel)
     strides = list(node.attrs.get("strides", [1] * axes))

@@ -1,8 +1,9 @@
 """Shape inference that tells which dimensions are the same for every input size.
 
-ONNX's own shape inference loses track where a shape is computed at run time (``Shape -> Slice -> Concat -> Reshape``, as most
-exporters write a Flatten). Here the model is inferred for two concrete sizes of every dynamic input dimension, with the shape
-arithmetic evaluated: a dimension that comes out equal both times is static, every other one is dynamic.
+ONNX's own shape inference loses track where a shape is computed at run time (``Shape -> Slice -> Concat -> Reshape``,
+as most exporters write a Flatten). Here the model is inferred for two concrete sizes of every dynamic input
+dimension, with the shape arithmetic evaluated: a dimension that comes out equal both times is static, every other one
+is dynamic.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ from onnx.reference import ReferenceEvaluator
 
 Shape = tuple[int | str, ...]
 
-# Sizes to try for a dynamic dimension, batch (axis 0) and others: typical enough that no pooling layer runs out of pixels.
+# Sizes to try for a dynamic dimension, batch (axis 0) and others: typical enough that no pooling layer runs out of
+# pixels.
 _PROBES = ((2, 192), (3, 256))
 # Shape arithmetic works on vectors of a few numbers: larger values are weights and are not worth computing.
 _MAX_VALUES = 1024
 # Operators that exporters build shapes with.
 _SHAPE_OPS = frozenset(
-    "Abs Add And Cast Ceil Concat Constant ConstantOfShape Div Equal Expand Floor Gather Greater Identity Less Max Min Mod Mul Neg "
-    "Not Or Range ReduceMax ReduceMin ReduceProd ReduceSum Reshape ScatterND Shape Size Slice Sqrt Squeeze Sub Transpose Unsqueeze "
-    "Where".split()
+    """
+    Abs Add And Cast Ceil Concat Constant ConstantOfShape Div Equal Expand Floor Gather Greater Identity Less
+    Max Min Mod Mul Neg Not Or Range ReduceMax ReduceMin ReduceProd ReduceSum Reshape ScatterND Shape Size Slice
+    Sqrt Squeeze Sub Transpose Unsqueeze Where
+    """.split()
 )
 
 
@@ -81,7 +85,9 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return light
 
 
-def _infer_concrete(skeleton: onnx.ModelProto, batch: int, size: int) -> dict[str, tuple[np.dtype, tuple[int | None, ...]]]:
+def _infer_concrete(
+    skeleton: onnx.ModelProto, batch: int, size: int
+) -> dict[str, tuple[np.dtype, tuple[int | None, ...]]]:
     """Shapes when every dynamic input dimension takes the given size; empty where the model does not take it."""
     model = onnx.ModelProto()
     model.CopyFrom(skeleton)
@@ -105,7 +111,9 @@ def _infer_concrete(skeleton: onnx.ModelProto, batch: int, size: int) -> dict[st
         reduced = onnx.ModelProto()
         reduced.CopyFrom(model)
         del reduced.graph.node[:]
-        reduced.graph.node.extend(n for n in model.graph.node if not all(o in produced for o in n.output if o) or not n.output)
+        reduced.graph.node.extend(
+            n for n in model.graph.node if not all(o in produced for o in n.output if o) or not n.output
+        )
         reduced.graph.initializer.extend(onnx.numpy_helper.from_array(values[name], name) for name in produced)
         inferred = {name: (v.dtype, v.shape) for name, v in values.items()} | _inferred(reduced)
 
@@ -123,7 +131,10 @@ def _inferred(model: onnx.ModelProto) -> dict[str, tuple[np.dtype, tuple[int | N
                 dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
             except KeyError:
                 continue
-            shapes[value.name] = dtype, tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
+            shapes[value.name] = (
+                dtype,
+                tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim),
+            )
     for initializer in graph.initializer:
         shapes[initializer.name] = onnx.helper.tensor_dtype_to_np_dtype(initializer.data_type), tuple(initializer.dims)
     return shapes
@@ -135,7 +146,11 @@ def _evaluate(
     """Add to ``values`` what the graph computes from constants and known shapes alone."""
     if not values:
         for i in model.graph.initializer:
-            if _count(i) <= _MAX_VALUES and onnx.helper.tensor_dtype_to_np_dtype(i.data_type).kind in "iufb" and _has_data(i):
+            if (
+                _count(i) <= _MAX_VALUES
+                and onnx.helper.tensor_dtype_to_np_dtype(i.data_type).kind in "iufb"
+                and _has_data(i)
+            ):
                 values[i.name] = onnx.numpy_helper.to_array(i)
     for node in model.graph.node:
         if node.domain not in ("", "ai.onnx") or node.op_type not in _SHAPE_OPS or node.output[0] in values:
@@ -165,7 +180,10 @@ def run_node(
     graph = onnx.helper.make_graph(
         [node],
         "node",
-        [onnx.helper.make_tensor_value_info(k, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for k, v in inputs.items()],
+        [
+            onnx.helper.make_tensor_value_info(k, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), v.shape)
+            for k, v in inputs.items()
+        ],
         [onnx.ValueInfoProto(name=node.output[0])],
     )
     try:

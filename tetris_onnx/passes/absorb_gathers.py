@@ -3,12 +3,14 @@
 Three moves, until no Gather of the reordering is left:
 
 1. ``y = W x``, ``y[p]`` read by nothing else: the layer writes its output in the order ``p``.
-2. A region that only layers write into (see graph.channels) takes the order that its largest reader wants: its sources write
-   in that order, and its readers undo it. The largest reader then reads its channels in a row, as the kernels like it best.
+2. A region that only layers write into (see graph.channels) takes the order that its largest reader wants: its
+sources write
+   in that order, and its readers undo it. The largest reader then reads its channels in a row, as the kernels like it
+   best.
 3. ``W x[p]``: the layer reads its input through ``p``.
 
-With W[output_perm[i], input_perm[j]] = W_reordered[i, j]: reading x[p] turns input_perm into ``p[input_perm]``, writing y[p]
-turns output_perm into ``inverse(p)[output_perm]`` and the bias into ``bias[p]``.
+With W[output_perm[i], input_perm[j]] = W_reordered[i, j]: reading x[p] turns input_perm into ``p[input_perm]``,
+writing y[p] turns output_perm into ``inverse(p)[output_perm]`` and the bias into ``bias[p]``.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from tetris_onnx.algorithms.permutation import compose, expand, inverse, is_identity
-from tetris_onnx.graph.channels import ChannelAxis, End, Region, find_region, gather_permutation
+from tetris_onnx.graph.channels import ChannelAxis, End, find_region, gather_permutation
 from tetris_onnx.graph.layers import Layer, layer_of
 from tetris_onnx.passes.fold_gathers import permute_parameters
 from tetris_onnx.passes.surgery import is_output, only_consumer, remove_node, replace_uses, set_constant

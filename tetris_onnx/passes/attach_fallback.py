@@ -1,7 +1,8 @@
 """Let the model carry the definition of our operators as ONNX functions, so that it runs without our library.
 
-A runtime that does not know the operator expands the function: it builds the dense weight from the blocks (which constant
-folding does once, when the model is loaded) and runs the ordinary Conv or Gemm. onnx's checker and shape inference use it too.
+A runtime that does not know the operator expands the function: it builds the dense weight from the blocks (which
+constant folding does once, when the model is loaded) and runs the ordinary Conv or Gemm. onnx's checker and shape
+inference use it too.
 
     dense[r, c] = blocks[k] for (r, c) = block_index[k], else 0         the grid of blocks, as one weight [M, C, taps]
     W[output_perm[i], input_perm[j]] = dense[i, j]

@@ -1,9 +1,9 @@
 """Sink Gathers towards the next layer and merge them: one Gather between adjacent layers. Bit-exact.
 
-Gathers that write into one region (see graph.channels) leave it together when all of them have the same order and nothing
-else writes into it: the region then works on reordered channels, its per-channel constants are reordered, and a Gather with
-the same order stands at each place where the region ends. Two Gathers in a row become one; one that changes nothing goes.
-A region with a barrier keeps its Gathers where they are.
+Gathers that write into one region (see graph.channels) leave it together when all of them have the same order and
+nothing else writes into it: the region then works on reordered channels, its per-channel constants are reordered, and
+a Gather with the same order stands at each place where the region ends. Two Gathers in a row become one; one that
+changes nothing goes. A region with a barrier keeps its Gathers where they are.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ def _merge_before_concat(graph: gs.Graph, concat: gs.Node) -> bool:
         if len(tensor.inputs) == 1 and only_consumer(graph, tensor) is concat:
             gather = tensor.inputs[0]
             perm = gather_permutation(gather)
-            if perm is not None and gather.attrs.get("axis", 0) % len(tensor.shape) != concat.attrs["axis"] % len(tensor.shape):
+            if perm is not None and gather.attrs.get("axis", 0) % len(tensor.shape) != concat.attrs["axis"] % len(
+                tensor.shape
+            ):
                 perm = None
         orders.append(perm)
         found |= perm is not None

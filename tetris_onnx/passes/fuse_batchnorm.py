@@ -2,8 +2,8 @@
 
     scale * (W x + b) + shift  =  (scale W) x + (scale b + shift)
 
-for a BatchNormalization with scale = gamma / sqrt(variance + epsilon) and shift = beta - scale * mean. Scaling whole rows of
-the weight does not change which weights are zero, so a plan fits the model before and after this pass.
+for a BatchNormalization with scale = gamma / sqrt(variance + epsilon) and shift = beta - scale * mean. Scaling whole
+rows of the weight does not change which weights are zero: a plan fits the model before and after this pass.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Replace each planned layer by our operator, with only the kept blocks of its reordered weight stored.
 
-The specification of the operators is in custom_ops/README.md. Their permutations are the identity here: what the Gathers
-around them do moves in later (absorb_gathers).
+The specification of the operators is in custom_ops/README.md. Their permutations are the identity here: what the
+Gathers around them do moves in later (absorb_gathers).
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def _lower(layer: Layer, plan: LayerPlan, pool: ConstantPool) -> None:
     node, name = layer.node, layer.name
     packed = pack(layer.weight, plan.keep, plan.block_size)
     blocks, block_index = packed.blocks, packed.block_index
-    if not len(block_index):  # the fallback function cannot reshape an empty tensor: one block of zeros is the same weight
+    if not len(
+        block_index
+    ):  # the fallback function cannot reshape an empty tensor: one block of zeros is the same weight
         blocks = np.zeros((1, *blocks.shape[1:]), blocks.dtype)
         block_index = np.zeros((1, 2), np.int64)
     out, in_ = layer.weight_shape[:2]

@@ -1,9 +1,9 @@
 """Give every layer one form: constant weights, and a Gemm that is ``x W^T + b`` or ``x W + b`` with a vector ``b``.
 
-Weights that the graph computes from constants (Constant nodes, Transpose, ConstantOfShape, ...) become constants, as do the
-vectors of a BatchNormalization and the constant operands of elementwise operators. A Gemm's ``transA`` becomes a Transpose,
-``alpha`` and ``beta`` go into weight and bias, and a ``C`` that is no vector of output channels becomes an Add of its own.
-Exact but for the rounding of ``alpha * W``.
+Weights that the graph computes from constants (Constant nodes, Transpose, ConstantOfShape, ...) become constants, as
+do the vectors of a BatchNormalization and the constant operands of elementwise operators. A Gemm's ``transA`` becomes
+a Transpose, ``alpha`` and ``beta`` go into weight and bias, and a ``C`` that is no vector of output channels becomes
+an Add of its own. Exact but for the rounding of ``alpha * W``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ from tetris_onnx.graph.constants import constant_value
 from tetris_onnx.passes.surgery import set_constant
 
 # Operators whose inputs are worth folding: layers, and those that a reordering has to pass (see graph.channels).
-_FOLDED = frozenset("Add BatchNormalization Clip Conv Div Gemm InstanceNormalization MatMul Mul PRelu Pow Reshape Sub Sum".split())
+_FOLDED = frozenset(
+    """
+    Add BatchNormalization Clip Conv Div Gemm InstanceNormalization MatMul Mul PRelu Pow Reshape Sub Sum
+    """.split()
+)
 
 
 def normalize_layers(graph: gs.Graph) -> None:

@@ -29,8 +29,9 @@ def run_passes(
 ) -> gs.Graph:
     """The graph after all ``passes``, in order; ``graph`` itself is unchanged.
 
-    With ``dump`` (a folder) and ``like`` (the original model, for its metadata) the model after each pass is written there.
-    Raises `PassError` when a pass raises, leaves a value without a producer or changes the model's inputs or outputs.
+    With ``dump`` (a folder) and ``like`` (the original model, for its metadata) the model after each pass is written
+    there. Raises `PassError` when a pass raises, leaves a value without a producer or changes the model's inputs or
+    outputs.
     """
     for number, step in enumerate(passes, 1):
         before = _signature(graph)
@@ -53,7 +54,7 @@ def run_passes(
 
 
 def copy_graph(graph: gs.Graph) -> gs.Graph:
-    """A copy to edit: nodes and values are new, weights are shared (a pass replaces them, it never writes into them)."""
+    """A copy to edit: new nodes and values, shared weights (a pass replaces them, it never writes into them)."""
     copy = graph.copy()
     copy.producer_name, copy.producer_version = graph.producer_name, graph.producer_version
     copy.import_domains = list(graph.import_domains)

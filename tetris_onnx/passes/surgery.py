@@ -12,7 +12,7 @@ from tetris_onnx.algorithms.permutation import is_identity
 def add_gather(
     graph: gs.Graph, data: gs.Tensor, perm: NDArray[np.int64], axis: int, name: str, output: gs.Variable | None = None
 ) -> gs.Tensor:
-    """``data`` with ``axis`` in the order ``perm``: ``data`` itself where that changes nothing (and no ``output`` is given)."""
+    """``data`` with ``axis`` in the order ``perm``; ``data`` itself if that is its own and no ``output`` is given."""
     if is_identity(perm) and output is None:
         return data
     if output is None:
