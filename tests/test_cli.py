@@ -284,6 +284,17 @@ def test_optimize_refuses_outputs_that_cannot_be(
     assert not calls
 
 
+def test_optimize_needs_the_op_library_before_the_search(
+    model: Path, calls: list, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TETRIS_ONNX_LIBRARY", "/absent.so")
+    assert "/absent.so" in fails(["optimize", model, "-o", model.parent / "out.onnx"], capsys)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    line = fails(["optimize", model, "-o", model.parent / "out.onnx"], capsys)
+    assert "onnxruntime is not installed: pip install 'tetris-onnx[cpu]'" in line
+    assert not calls
+
+
 def test_optimize_checks_data_before_the_search(
     model: Path, calls: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tetris_onnx import runtime
 from tetris_onnx.bench import cpu_name
 from tetris_onnx.graph.layers import DOMAIN, GEMM
 from tetris_onnx.session import import_onnxruntime, open_session, run
@@ -124,17 +125,15 @@ def _onnxruntime() -> Iterable[Check]:
 def _library() -> Iterable[Check]:
     advice = "pip install --force-reinstall tetris-onnx, or, in a clone, pip install -e ."
     try:
-        from tetris_onnx import runtime
-    except ImportError:
-        yield Check("op library", "not tried without onnxruntime", False)
-        return
-    try:
         path = runtime.get_library_path()
     except Exception as error:  # a broken installation fails in many ways, and all of them belong in the table
         yield Check("op library", _one_line(error), False, advice)
         return
     try:
         difference = _run_one_node()
+    except ImportError:
+        yield Check("op library", f"{path}, not tried without onnxruntime")
+        return
     except Exception as error:
         yield Check("op library", f"{path}: {_one_line(error)}", False, advice)
         return

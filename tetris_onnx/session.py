@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import onnx
 from numpy.typing import NDArray
 
+from tetris_onnx import runtime
 from tetris_onnx.calibration import Samples
 from tetris_onnx.graph.layers import DOMAIN
 
@@ -40,9 +41,7 @@ def import_onnxruntime() -> Any:
     try:
         import onnxruntime
     except ModuleNotFoundError:
-        from tetris_onnx.runtime import RuntimeMissingError
-
-        raise RuntimeMissingError(
+        raise runtime.RuntimeMissingError(
             "onnxruntime is not installed: pip install 'tetris-onnx[cpu]' (or 'tetris-onnx[gpu]' for CUDA)"
         ) from None
     return onnxruntime
@@ -57,8 +56,6 @@ def open_session(
     of the file that the session's ``end_profiling`` writes. Raises `SessionError`.
     """
     ort = import_onnxruntime()
-    from tetris_onnx import runtime
-
     if provider not in PROVIDERS:
         raise SessionError(f"no provider {provider!r}; choose one of {', '.join(PROVIDERS)}")
     if PROVIDERS[provider] not in ort.get_available_providers():
