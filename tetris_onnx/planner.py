@@ -86,7 +86,6 @@ def make_plan(graph: gs.Graph, config: Config, progress: Progress | None = None)
     jobs: dict[tuple, int] = {}
     tasks: list[tuple] = []
     job_of: list[int | None] = []
-    kind = "l1" if config.importance == "auto" else config.importance
     for candidate in candidates:
         if candidate.why_dense:
             job_of.append(None)
@@ -95,7 +94,7 @@ def make_plan(graph: gs.Graph, config: Config, progress: Progress | None = None)
         key = id(candidate.layer.node.inputs[1]), candidate.block_size, candidate.options.sparsity, axes
         if key not in jobs:
             jobs[key] = len(tasks)
-            scores = importance(candidate.layer.weight, kind)
+            scores = _scores(candidate.layer, config)
             tasks.append((scores, candidate.block_size, candidate.options.sparsity, axes, config.reorder, config.seed))
         job_of.append(jobs[key])
     found = _run(tasks, config.workers, progress)
@@ -132,14 +131,13 @@ def match_plan(graph: gs.Graph, plan: Plan, config: Config) -> list[LayerReport]
                 f"the model's {candidate.layer.weight_shape[0]} x {candidate.layer.weight_shape[1]}"
             )
     rows = []
-    kind = "l1" if config.importance == "auto" else config.importance
     for candidate in candidates:
         decision = plan.get(candidate.layer.name)
         if decision is None:
             reason = candidate.layer.why_dense or "it is not in the plan"
             rows.append(_describe(replace(candidate, why_dense=reason), None, None))
             continue
-        scores = importance(candidate.layer.weight, kind)
+        scores = _scores(candidate.layer, config)
         sums = block_sums(scores[decision.out_perm][:, decision.in_perm], decision.block_size)
         plain = np.sort(block_sums(scores, decision.block_size), axis=None)[::-1]
         total = float(sums.sum()) or 1.0
@@ -180,6 +178,10 @@ def _free_axes(candidate: Candidate, config: Config) -> tuple[int, ...]:
     if config.gathers == "absorb":
         return 0, 1
     return tuple(axis for axis, border in ((0, candidate.last), (1, candidate.first)) if not border)
+
+
+def _scores(layer: Layer, config: Config) -> NDArray:
+    return importance(layer.weight, "l2" if config.importance == "l2" else "l1")
 
 
 def _search(

@@ -12,6 +12,7 @@ positions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -233,46 +234,49 @@ def _relate(node: gs.Node, slot: int, is_input: bool, where: ChannelAxis) -> _Re
 
 def reshape_axis(before: Sequence[int | str], after: Sequence[int | str], where: ChannelAxis) -> ChannelAxis | None:
     """Where the channels at ``where`` are after a reshape; None if they are torn apart or a size is not known."""
-    groups = _matching_groups(before, after)
-    if groups is None:
-        return None
-    for old, new in groups:
+    sizes = _sizes(before), _sizes(after)
+    for old, new in _matching_groups(*sizes):
         if where.axis not in old:
             continue
-        outer = int(np.prod([before[i] for i in old if i < where.axis], dtype=np.int64)) * where.outer
-        inner = int(np.prod([before[i] for i in old if i > where.axis], dtype=np.int64)) * where.inner
+        outer = math.prod(sizes[0][i] for i in old if i < where.axis) * where.outer
+        inner = math.prod(sizes[0][i] for i in old if i > where.axis) * where.inner
         for axis in new:
-            ahead = int(np.prod([after[i] for i in new if i < axis], dtype=np.int64))
-            behind = int(np.prod([after[i] for i in new if i > axis], dtype=np.int64))
+            ahead = math.prod(sizes[1][i] for i in new if i < axis)
+            behind = math.prod(sizes[1][i] for i in new if i > axis)
             found = ChannelAxis(axis, where.channels, outer // ahead, inner // behind)
             if outer % ahead == 0 and inner % behind == 0 and found.length == after[axis]:
                 return found
     return None
 
 
-def _matching_groups(before: Sequence[int | str], after: Sequence[int | str]) -> list[tuple[range, range]] | None:
-    """Split both shapes into runs of axes with equal products. A dynamic dimension is a run of its own."""
-    unknown = [[i for i, d in enumerate(shape) if isinstance(d, str)] for shape in (before, after)]
-    if len(unknown[0]) != len(unknown[1]) or len(unknown[0]) > 1:
-        return None
-    # With one dynamic dimension on each side and the same number of other elements, the two are equal.
-    stand_in = 2**31 - 1  # a prime: it can only be matched by itself
-    sizes = [[stand_in if isinstance(d, str) else d for d in shape] for shape in (before, after)]
-    if np.prod(sizes[0], dtype=object) != np.prod(sizes[1], dtype=object) or 0 in sizes[0]:
-        return None
+def _sizes(shape: Sequence[int | str]) -> list[int]:
+    """The shape with a stand-in for its dynamic dimension: a prime, so that only the other dynamic dimension equals it.
+
+    With one dynamic dimension on each side of a reshape and the same number of other elements, the two are equal; more
+    than one cannot be told apart (empty list).
+    """
+    if sum(isinstance(d, str) for d in shape) > 1:
+        return []
+    return [2**31 - 1 if isinstance(d, str) else d for d in shape]
+
+
+def _matching_groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[range, range]]:
+    """Split both shapes into runs of axes with equal products; empty where that cannot be done."""
+    if not before or 0 in before or math.prod(before) != math.prod(after):
+        return []
     groups = []
     i = j = 0
-    while i < len(sizes[0]) and j < len(sizes[1]):
+    while i < len(before) and j < len(after):
         first = i, j
-        left, right = sizes[0][i], sizes[1][j]
+        left, right = before[i], after[j]
         i, j = i + 1, j + 1
         while left != right:
-            if left < right and i < len(sizes[0]):
-                left, i = left * sizes[0][i], i + 1
-            elif left > right and j < len(sizes[1]):
-                right, j = right * sizes[1][j], j + 1
+            if left < right and i < len(before):
+                left, i = left * before[i], i + 1
+            elif left > right and j < len(after):
+                right, j = right * after[j], j + 1
             else:
-                return None
+                return []
         groups.append((range(first[0], i), range(first[1], j)))
     return groups  # axes that are left over have length 1
 
@@ -296,7 +300,8 @@ def _moved(where: ChannelAxis, input_axis: int, output_axis: int) -> _Relation:
 
 def _broadcast(node: gs.Node, tensor: gs.Tensor, where: ChannelAxis) -> _Relation | None:
     from_end = len(tensor.shape) - where.axis
-    inputs, parameters = [], []
+    inputs: list[tuple[int, ChannelAxis]] = []
+    parameters: list[tuple[int, ChannelAxis]] = []
     for i, operand in enumerate(node.inputs):
         axis = len(operand.shape) - from_end
         if axis < 0 or operand.shape[axis] == 1:

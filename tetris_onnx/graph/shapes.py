@@ -8,6 +8,7 @@ is dynamic.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -166,7 +167,7 @@ def _evaluate(
         if not all(name in values for name in inputs):
             continue
         declared = shapes.get(node.output[0])
-        if declared is not None and None not in declared[1] and np.prod(declared[1], dtype=np.float64) > _MAX_VALUES:
+        if declared is not None and math.prod(d or 1 for d in declared[1]) > _MAX_VALUES:
             continue
         result = run_node(node, {name: values[name] for name in inputs}, model.opset_import)
         if result is not None and result.size <= _MAX_VALUES:

@@ -23,7 +23,7 @@ from tetris_onnx.algorithms.permutation import compose, expand, inverse, is_iden
 from tetris_onnx.graph.channels import ChannelAxis, End, find_region, gather_permutation
 from tetris_onnx.graph.layers import Layer, layer_of
 from tetris_onnx.passes.fold_gathers import permute_parameters
-from tetris_onnx.passes.surgery import is_output, only_consumer, remove_node, replace_uses, set_constant
+from tetris_onnx.passes.surgery import is_output, reads_alone, remove_node, replace_uses, set_constant
 
 
 def absorb_gathers(graph: gs.Graph) -> None:
@@ -38,7 +38,7 @@ def absorb_gathers(graph: gs.Graph) -> None:
 def _into_producer(graph: gs.Graph, gather: gs.Node, perm: NDArray[np.int64], axis: int) -> None:
     value = gather.inputs[0]
     layer = layer_of(value.inputs[0]) if value.inputs else None
-    if layer is None or layer.out_axis != axis or only_consumer(graph, value) is not gather:
+    if layer is None or layer.out_axis != axis or not reads_alone(graph, gather, value):
         return
     _write_in_order(layer, perm)
     # The result keeps the name that its readers know it by.

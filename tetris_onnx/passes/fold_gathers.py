@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from tetris_onnx.algorithms.permutation import compose, expand, identity, inverse, is_identity
 from tetris_onnx.graph.channels import ChannelAxis, End, Region, find_region, gather_permutation
-from tetris_onnx.passes.surgery import add_gather, is_output, only_consumer, remove_node, replace_uses, set_constant
+from tetris_onnx.passes.surgery import add_gather, is_output, reads_alone, remove_node, replace_uses, set_constant
 
 
 def fold_gathers(graph: gs.Graph) -> None:
@@ -103,13 +103,10 @@ def _merge_before_concat(graph: gs.Graph, concat: gs.Node) -> bool:
     found = False
     for tensor in concat.inputs:
         perm = None
-        if len(tensor.inputs) == 1 and only_consumer(graph, tensor) is concat:
-            gather = tensor.inputs[0]
-            perm = gather_permutation(gather)
-            if perm is not None and gather.attrs.get("axis", 0) % len(tensor.shape) != concat.attrs["axis"] % len(
-                tensor.shape
-            ):
-                perm = None
+        if tensor.shape is not None and len(tensor.inputs) == 1 and reads_alone(graph, concat, tensor):
+            gather, rank = tensor.inputs[0], len(tensor.shape)
+            if gather.op == "Gather" and gather.attrs.get("axis", 0) % rank == concat.attrs["axis"] % rank:
+                perm = gather_permutation(gather)
         orders.append(perm)
         found |= perm is not None
     if not found or not _takes_order(graph, concat):

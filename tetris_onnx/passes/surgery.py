@@ -53,6 +53,11 @@ def only_consumer(graph: gs.Graph, tensor: gs.Tensor) -> gs.Node | None:
     return node if any(node is other for other in graph.nodes) else None
 
 
+def reads_alone(graph: gs.Graph, node: gs.Node, tensor: gs.Tensor) -> bool:
+    """Whether ``node`` is the one reader of ``tensor``, so that nobody else sees it change."""
+    return only_consumer(graph, tensor) is node
+
+
 def remove_node(graph: gs.Graph, node: gs.Node) -> None:
     """Take a node out, with its inputs and outputs."""
     node.inputs.clear()
