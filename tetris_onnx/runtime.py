@@ -66,7 +66,7 @@ def register(session_options: onnxruntime.SessionOptions) -> None:
     session_options.register_custom_ops_library(str(get_library_path()))
 
 
-def InferenceSession(  # noqa: N802 - takes the place of onnxruntime.InferenceSession
+def InferenceSession(
     path_or_bytes: str | bytes | os.PathLike[str],
     sess_options: onnxruntime.SessionOptions | None = None,
     providers: Sequence[str | tuple[str, Mapping[str, Any]]] | None = None,

@@ -45,9 +45,7 @@ class Op:
             for name, value in self.attributes.items()
             if name not in ("block_size", "kernel_shape", "group")
         }
-        return oracle(
-            x, self.blocks, self.block_index, self.input_perm, self.output_perm, self.bias, **arguments
-        )
+        return oracle(x, self.blocks, self.block_index, self.input_perm, self.output_perm, self.bias, **arguments)
 
 
 def random_op(

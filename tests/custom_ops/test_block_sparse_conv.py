@@ -82,8 +82,10 @@ def test_density(
 
 @pytest.mark.parametrize(
     "size",
-    [(1, 1), (1, 2), (2, 1), (1, 50), (50, 1), (2, 3), (7, 7), (14, 14), (28, 28), (29, 28), (29, 29), (16, 48)]
-    + [(800, 1), (400, 2), (300, 3), (1, 800), (2, 500), (56, 56), (33, 64)],
+    [
+        *((1, 1), (1, 2), (2, 1), (1, 50), (50, 1), (2, 3), (7, 7), (14, 14), (28, 28), (29, 28), (29, 29), (16, 48)),
+        *((800, 1), (400, 2), (300, 3), (1, 800), (2, 500), (56, 56), (33, 64)),
+    ],
 )
 def test_map_sizes_3x3(isa: str, rng: np.random.Generator, size: tuple[int, int]) -> None:
     check(models.random_op(rng, (20, 19, 3, 3), (8, 8), pads=[1, 1, 1, 1]), random_input(rng, 1, 19, *size))
@@ -135,9 +137,7 @@ def test_strips_threads_and_batch(
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("dilation", [1, 3])
 @pytest.mark.parametrize(("kernel", "pads"), [(1, [0, 0]), (3, [1, 1]), (7, [0, 5])])
-def test_1d(
-    isa: str, rng: np.random.Generator, kernel: int, pads: list[int], dilation: int, stride: int
-) -> None:
+def test_1d(isa: str, rng: np.random.Generator, kernel: int, pads: list[int], dilation: int, stride: int) -> None:
     op = models.random_op(rng, (21, 23, kernel), (8, 16), pads=pads, dilations=[dilation], strides=[stride])
     check(op, random_input(rng, 2, 23, 103))
 
@@ -223,9 +223,7 @@ def test_concurrent_runs(isa: str, rng: np.random.Generator, size: tuple[int, in
     wrong: list[int] = []
 
     def work(i: int) -> None:
-        wrong.extend(
-            i for _ in range(20) if not np.array_equal(session.run(None, {"x": inputs[i]})[0], expected[i])
-        )
+        wrong.extend(i for _ in range(20) if not np.array_equal(session.run(None, {"x": inputs[i]})[0], expected[i]))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads:

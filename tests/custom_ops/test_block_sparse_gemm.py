@@ -80,9 +80,7 @@ def test_concurrent_runs(isa: str, rng: np.random.Generator) -> None:
     wrong: list[int] = []
 
     def work(i: int) -> None:
-        wrong.extend(
-            i for _ in range(50) if not np.array_equal(session.run(None, {"x": inputs[i]})[0], expected[i])
-        )
+        wrong.extend(i for _ in range(50) if not np.array_equal(session.run(None, {"x": inputs[i]})[0], expected[i]))
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     for thread in threads:

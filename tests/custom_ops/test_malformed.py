@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 
 from tests.custom_ops import models
@@ -176,6 +177,10 @@ def test_missing_inputs(conv: Op) -> None:
     assert "the_node" in create_error(model)
 
 
+@pytest.mark.skipif(
+    tuple(map(int, onnxruntime.__version__.split(".")[:2])) < (1, 23),
+    reason="older onnxruntime crashes on an empty input name before it calls a custom op",
+)
 def test_bias_may_be_an_empty_name(conv: Op, rng: np.random.Generator) -> None:
     model = models.make_model(conv, [1, 10, 5, 5])
     model.graph.node[0].input[5] = ""
@@ -217,7 +222,7 @@ def test_bad_gemm_input(gemm: Op, shape: tuple[int, ...]) -> None:
     model = models.make_model(gemm, [1])
     model.graph.input[0].type.tensor_type.ClearField("shape")
     session = models.session(model)
-    with pytest.raises(Exception, match="input 'X' has shape .* expected 10 values along the last dimension") as error:
+    with pytest.raises(Exception, match=r"input 'X' has shape .* expected 10 values along the last dimension") as error:
         session.run(None, {"x": np.zeros(shape, np.float32)})
     assert "BlockSparseGemm node 'the_node'" in str(error.value)
 

@@ -1,0 +1,200 @@
+"""Time single layers: the block-sparse op against onnxruntime's own dense layer, interleaved in one process.
+
+    python custom_ops/bench/layers.py custom_ops/bench/vgg16.txt --density 0.27
+
+Prints, for each layer, the medians of both, the speed-up and `fraction` = speed-up x density: 1 is a time exactly
+proportional to the number of kept blocks. Both take NCHW tensors; onnxruntime's time includes the conversion to its own
+layout and back, which it would save between two of its own layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+
+from tetris_onnx import runtime
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One line of a shapes file: a convolution of a square kernel, or (no map) a matrix product."""
+
+    name: str
+    outputs: int
+    inputs: int
+    map_size: tuple[int, ...] = ()
+    kernel: int = 1
+    stride: int = 1
+    pad: int = 0
+
+    @property
+    def is_conv(self) -> bool:
+        """Whether the layer is a convolution."""
+        return bool(self.map_size)
+
+    def multiplications(self) -> int:
+        """Multiplications of the dense layer for one image."""
+        out = [(size + 2 * self.pad - self.kernel) // self.stride + 1 for size in self.map_size]
+        return self.outputs * self.inputs * math.prod(out) * (self.kernel**2 if self.is_conv else 1)
+
+
+def read_layers(path: Path) -> list[Layer]:
+    """The layers of a shapes file; `#` starts a comment."""
+    layers = []
+    for line in path.read_text().splitlines():
+        fields = line.partition("#")[0].split()
+        if fields:
+            outputs, inputs, *rest = map(int, fields[1:])
+            layers.append(Layer(fields[0], outputs, inputs, tuple(rest[:2]), *rest[2:]))
+    return layers
+
+
+def random_keep(rng: np.random.Generator, rows: int, columns: int, density: float) -> np.ndarray:
+    """A keep mask with the same number of kept blocks in each row (to one), as near to `density` as the grid allows."""
+    kept = max(1, round(density * rows * columns))
+    keep = np.zeros((rows, columns), bool)
+    for row in range(rows):
+        count = kept * (row + 1) // rows - kept * row // rows
+        keep[row, rng.choice(columns, count, replace=False)] = True
+    return keep
+
+
+def one_node_model(
+    op: str, domain: str, x_shape: Sequence[int], constants: dict[str, np.ndarray], **attributes: object
+) -> bytes:
+    """A model of one node, x -> y, followed by a Relu where the op is onnxruntime's own."""
+    nodes = [helper.make_node(op, ["x", *constants], ["y"], name=op, domain=domain, **attributes)]
+    if not domain:
+        nodes[0].output[0] = "linear"
+        nodes.append(helper.make_node("Relu", ["linear"], ["y"]))
+    graph = helper.make_graph(
+        nodes,
+        "layer",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x_shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.tetris", 1)]
+    model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    return model.SerializeToString()
+
+
+def timer(model: bytes, x: np.ndarray, threads: int) -> tuple[Callable[[], float], np.ndarray]:
+    """A function that runs the model once and returns the seconds it took, and the model's output."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    y = session.run(None, {"x": x})[0]
+    binding = session.io_binding()
+    binding.bind_ortvalue_input("x", onnxruntime.OrtValue.ortvalue_from_numpy(x))
+    binding.bind_ortvalue_output("y", onnxruntime.OrtValue.ortvalue_from_numpy(y))
+
+    def once() -> float:
+        # One thread runs on the caller: its own time does not count what other processes take.
+        clock = time.thread_time if threads == 1 else time.perf_counter
+        start = clock()
+        session.run_with_iobinding(binding)
+        return clock() - start
+
+    return once, y
+
+
+def measure(layer: Layer, arguments: argparse.Namespace) -> tuple[float, float, float]:
+    """Density of the grid, median seconds dense, median seconds block-sparse."""
+    rng = np.random.default_rng(0)
+    bo, bi = min(arguments.block_size, layer.outputs), min(arguments.block_size, layer.inputs)
+    keep = random_keep(rng, math.ceil(layer.outputs / bo), math.ceil(layer.inputs / bi), arguments.density)
+    index = np.argwhere(keep).astype(np.int64)
+    kernel = (layer.kernel, layer.kernel) if layer.is_conv else ()
+    blocks = rng.standard_normal((len(index), bo, bi, *kernel), dtype=np.float32)
+    bias = rng.standard_normal(layer.outputs, dtype=np.float32)
+    padded = np.zeros((keep.shape[0] * bo, keep.shape[1] * bi, *kernel), np.float32)
+    for block, (row, column) in zip(blocks, index, strict=True):
+        padded[row * bo : (row + 1) * bo, column * bi : (column + 1) * bi] = block
+    dense = padded[: layer.outputs, : layer.inputs]
+    x = rng.standard_normal((arguments.batch, layer.inputs, *layer.map_size), dtype=np.float32)
+    sparse_constants = {
+        "blocks": blocks,
+        "block_index": index,
+        "input_perm": np.arange(layer.inputs),
+        "output_perm": np.arange(layer.outputs),
+        "bias": bias,
+    }
+    common: dict[str, object] = {"strides": [layer.stride] * 2, "pads": [layer.pad] * 4} if layer.is_conv else {}
+    run_sparse, y_sparse = timer(
+        one_node_model(
+            "BlockSparseConv" if layer.is_conv else "BlockSparseGemm",
+            "ai.tetris",
+            x.shape,
+            sparse_constants,
+            weight_shape=dense.shape,
+            block_size=[bo, bi],
+            activation_min=0.0,
+            **common,
+        ),
+        x,
+        arguments.threads,
+    )
+    run_dense, y_dense = timer(
+        one_node_model("Conv", "", x.shape, {"w": dense, "b": bias}, **common)
+        if layer.is_conv
+        else one_node_model("Gemm", "", x.shape, {"w": dense, "b": bias}, transB=1),
+        x,
+        arguments.threads,
+    )
+    error = np.abs(y_sparse - y_dense).max() / np.abs(y_dense).max()
+    if error > 1e-4:
+        raise SystemExit(f"{layer.name}: the two outputs differ by {error:.1e} of the largest")
+    times: tuple[list[float], list[float]] = ([], [])
+    end = time.perf_counter() + arguments.seconds
+    while len(times[0]) < 7 or time.perf_counter() < end:
+        times[0].append(run_dense())
+        times[1].append(run_sparse())
+    density = len(index) * bo * bi / (padded.shape[0] * padded.shape[1])
+    return density, statistics.median(times[0]), statistics.median(times[1])
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("shapes", type=Path, help="file of layers, one a line")
+    parser.add_argument("--density", type=float, default=0.27)
+    parser.add_argument("--block-size", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each layer")
+    parser.add_argument("--layers", help="only the layers whose name holds this")
+    arguments = parser.parse_args()
+    print(f"{'layer':<14} {'dense ms':>9} {'GFLOP/s':>8} {'sparse ms':>9} {'density':>8} {'speed-up':>8} {'fraction':>8}")
+    total_dense = total_sparse = total_ideal = 0.0
+    for layer in read_layers(arguments.shapes):
+        if arguments.layers and arguments.layers not in layer.name:
+            continue
+        density, dense, sparse = measure(layer, arguments)
+        rate = 2e-9 * layer.multiplications() * arguments.batch / dense
+        print(
+            f"{layer.name:<14} {dense * 1e3:>9.3f} {rate:>8.0f} {sparse * 1e3:>9.3f} {density:>8.3f} "
+            f"{dense / sparse:>8.2f} {dense / sparse * density:>8.2f}",
+            flush=True,
+        )
+        total_dense, total_sparse = total_dense + dense, total_sparse + sparse
+        total_ideal += dense * density
+    if total_sparse:
+        print(
+            f"{'sum':<14} {total_dense * 1e3:>9.3f} {'':>8} {total_sparse * 1e3:>9.3f} {'':>8} "
+            f"{total_dense / total_sparse:>8.2f} {total_ideal / total_sparse:>8.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

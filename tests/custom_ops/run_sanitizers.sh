@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Builds the op library with the address and undefined-behavior sanitizers in a temporary folder and runs the op tests
+# against it: every kernel, instruction set and malformed case. Any report fails the run.
+#   tests/custom_ops/run_sanitizers.sh [pytest arguments]
+# PYTHON names the interpreter (default: python3); cmake and a C++ compiler with the sanitizers must be installed.
+set -euo pipefail
+root=$(cd "$(dirname "$0")/../.." && pwd)
+python=${PYTHON:-python3}
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+
+cmake -S "$root/custom_ops" -B "$folder" -DTETRIS_SANITIZE=ON -DTETRIS_WERROR=ON >"$folder/cmake.log" ||
+  { cat "$folder/cmake.log"; exit 1; }
+cmake --build "$folder" --parallel 2 >"$folder/build.log" || { cat "$folder/build.log"; exit 1; }
+
+compiler=${CXX:-c++}
+asan=$("$compiler" -print-file-name=libasan.so)
+# The C++ library too: loaded later, by onnxruntime, its exceptions would escape the sanitizer's interceptors.
+stdcxx=$("$compiler" -print-file-name=libstdc++.so.6)
+# Python itself and onnxruntime keep memory to the end (detect_leaks=0) and are not built with the sanitizers.
+status=0
+(
+  cd "$root"
+  PYTHONPATH="$root" TETRIS_ONNX_LIBRARY="$folder/libtetris_onnx_ops.so" LD_PRELOAD="$asan $stdcxx" \
+    ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=1:log_path=$folder/report" \
+    UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1:log_path=$folder/report" \
+    "$python" -m pytest tests/custom_ops -q -p no:cacheprovider "$@"
+) || status=$?
+if compgen -G "$folder/report*" >/dev/null; then
+  cat "$folder"/report*
+  exit 1
+fi
+exit $status
