@@ -1,6 +1,6 @@
 """Blocks of a weight matrix: their sizes, their importance and which of them to keep.
 
-A matrix of ``shape`` = (M, C) is cut into ``ceil(M / bo) x ceil(C / bi)`` blocks of ``block_size`` = (bo, bi); the blocks
+A matrix of ``shape`` = (M, C) is cut into ``ceil(M / bo) x ceil(C / bi)`` blocks of ``block_size`` = (bo, bi); those
 at the bottom and right edge are cut off where the size does not divide the shape.
 """
 
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 def fit_block_size(shape: Sequence[int], block_size: Sequence[int]) -> tuple[int, ...]:
     """The block size that a layer of ``shape`` really gets: halved (rounding up) per axis until there are two blocks.
 
-    The paper's rule (TETRIS, section 5.1): with a single block along an axis there is nothing to choose. An axis of length
-    1 gets blocks of length 1. Raises ValueError for sizes below 1.
+    The paper's rule (TETRIS, section 5): with a single block along an axis there is nothing to choose. An axis of
+    length 1 gets blocks of length 1. Raises ValueError for sizes below 1.
     """
     _check(shape, block_size)
     fitted = []
@@ -52,16 +52,16 @@ def block_sums(importance: NDArray, block_size: Sequence[int]) -> NDArray[np.flo
 
 
 def keep_count(blocks: int, sparsity: float) -> int:
-    """How many of ``blocks`` blocks survive: ``(1 - sparsity) * blocks`` rounded half up, at least one below sparsity 1.
+    """How many of ``blocks`` survive: ``(1 - sparsity) * blocks`` rounded half up, at least one below sparsity 1.
 
-    A layer that keeps nothing puts out a constant, which no rounding should do unasked. Raises ValueError for a sparsity
-    outside [0, 1].
+    A layer that keeps nothing puts out a constant: that must be asked for, not come about by rounding. Raises
+    ValueError for a sparsity outside [0, 1].
     """
     if not 0.0 <= sparsity <= 1.0:
         raise ValueError(f"sparsity must be between 0 and 1, not {sparsity}")
     if sparsity == 1.0 or blocks == 0:
         return 0
-    # 1e-9: (1 - 0.9) * 10 is 0.99..98, and 0.5 + such a value must not be rounded down.
+    # 1e-9: (1 - 0.7) * 5 and the like come out just below or above the half that they are.
     return max(1, int(np.floor((1.0 - sparsity) * blocks + 0.5 + 1e-9)))
 
 

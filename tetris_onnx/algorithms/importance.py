@@ -1,8 +1,7 @@
 """How much a weight matters: the quantity that reordering and pruning try to keep.
 
-A kernel tap cannot be pruned alone (a block spans all taps), so the importance of output channel ``m`` for input channel
-``c`` is one number, the sum over the taps. `l1` is the paper's objective (TETRIS, section 3); `l2` is the squared error
-that pruning makes in the weight.
+A block spans all taps of a kernel, so the importance of input channel ``c`` to output channel ``m`` is one number,
+the sum over the taps: ``l1`` is the paper's objective, ``l2`` the squared error that pruning makes in the weight.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ ImportanceKind = Literal["l1", "l2"]
 def importance(weight: NDArray, kind: ImportanceKind = "l1") -> NDArray:
     """Importance [M, C] of a weight [M, C, *K]: the sum over the taps of ``|w|`` (l1) or ``w**2`` (l2).
 
-    float64 for a float64 weight, else float32 (float16 is widened before it is squared). Raises ValueError for a weight of
-    fewer than two axes, one that is not finite, or an unknown kind.
+    float64 for a float64 weight, else float32 (float16 is widened before it is squared). Raises ValueError for a
+    weight of fewer than two axes, one that is not finite, and an unknown kind.
     """
     if weight.ndim < 2:
         raise ValueError(f"a weight has at least two axes, [out, in, ...]; this one has shape {weight.shape}")
@@ -32,5 +31,5 @@ def importance(weight: NDArray, kind: ImportanceKind = "l1") -> NDArray:
     else:
         raise ValueError(f"unknown importance {kind!r}: use 'l1' or 'l2'")
     if not np.isfinite(total).all():
-        raise ValueError("the weight holds NaN or infinite values (or squares that overflow): nothing can be ranked by it")
+        raise ValueError("the weight holds NaN or infinite values (or squares that overflow): it cannot be ranked")
     return total

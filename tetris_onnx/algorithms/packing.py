@@ -1,4 +1,4 @@
-"""The stored form of a block-sparse weight: its kept blocks and where they belong (BSR, the block index spelled out)."""
+"""The stored form of a block-sparse weight: its kept blocks and where they belong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from tetris_onnx.algorithms.blocks import block_grid
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:
-    """A weight [M, C, *K] of which only some blocks are stored; all else is zero. Raises ValueError when parts disagree."""
+    """A weight [M, C, *K] of which only some blocks are stored, all else being zero.
+
+    Raises ValueError when the parts disagree.
+    """
 
     blocks: NDArray  # [B, bo, bi, *K], the parts beyond the weight's edge zero
     block_index: NDArray[np.int64]  # [B, 2] (block row, block column), sorted row-major, no duplicates
@@ -49,7 +52,7 @@ def pack(weight: NDArray, keep: NDArray[np.bool_], block_size: tuple[int, int]) 
     bo, bi = block_size
     grid = block_grid(weight.shape[:2], block_size)
     if keep.shape != grid:
-        raise ValueError(f"a keep mask of {keep.shape} does not fit a weight {weight.shape} in blocks of {block_size}: {grid}")
+        raise ValueError(f"a keep mask of {keep.shape} does not fit a weight {weight.shape}: its blocks make {grid}")
     index = np.argwhere(keep).astype(np.int64)
     blocks = np.zeros((len(index), bo, bi, *weight.shape[2:]), weight.dtype)
     for block, (i, j) in zip(blocks, index, strict=True):

@@ -51,8 +51,8 @@ def is_identity(a: ArrayLike) -> bool:
 def expand(perm: Permutation, outer: int, inner: int) -> Permutation:
     """The permutation of a flattened axis whose middle part is permuted.
 
-    An axis of ``outer * n * inner`` positions that was flattened from ``[outer, n, inner]`` takes it when the middle axis
-    is gathered by ``perm`` [n]: ``x.reshape(outer, n, inner)[:, perm].ravel() == x[expand(perm, outer, inner)]``.
+    An axis of ``outer * n * inner`` positions, flattened from ``[outer, n, inner]``, takes it when the middle axis is
+    gathered by ``perm`` [n]: ``x.reshape(outer, n, inner)[:, perm].ravel() == x[expand(perm, outer, inner)]``.
     """
     positions = np.arange(outer * perm.size * inner, dtype=np.int64).reshape(outer, perm.size, inner)
     return positions[:, perm].ravel()
