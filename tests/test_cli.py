@@ -341,7 +341,7 @@ def test_a_failure_leaves_no_file(
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith(message)
-    assert len(captured.err.splitlines()) == (1 if message else 0)
+    assert len(captured.err.strip().splitlines()) == (1 if message else 0)
     assert [p.name for p in model.parent.iterdir()] == ["model.onnx"]
 
 
@@ -381,7 +381,7 @@ sys.argv = ["tetris-onnx", "inspect", {str(tmp_path / "model.onnx")!r}]
 main()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "")
 
 
 def test_python_m_runs_the_commands() -> None:

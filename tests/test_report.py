@@ -131,8 +131,18 @@ def test_the_terminal_table_names_layers_reasons_and_notes() -> None:
     console = Console(file=io.StringIO(), width=200)
     print_report(REPORT, console)
     text = console.file.getvalue()  # type: ignore[attr-defined]
-    for part in ("features.3", "64x32x3x3", "75.0 %", "62.5 %", FC.reason, "note: accuracy will drop", "Gathers left"):
+    for part in ("features.3", "64x32x3x3", "62.5 -> 75.0 %", FC.reason, "note: accuracy will drop", "Gathers left"):
         assert part in text
+
+
+def test_the_terminal_table_fits_80_columns() -> None:
+    long = replace(CONV, node="/features/features.12/Conv", weight_shape=(512, 512, 3, 3))
+    console = Console(file=io.StringIO(), width=80)
+    print_report(replace(REPORT, layers=(long, FC)), console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
+    for part in ("512x512x3x3", "32x32", "50.0 %", "62.5 -> 75.0 %"):
+        assert part in text, "figures are not cut or wrapped"
 
 
 class _Collector(HTMLParser):

@@ -14,6 +14,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape as escape_markup
 from rich.table import Table
@@ -141,20 +142,31 @@ def summary(report: Report) -> list[tuple[str, str]]:
     return lines
 
 
-def layer_table(layers: Sequence[LayerReport], title: str) -> Table:
-    """The layers as a table for a terminal."""
-    table = Table(title=escape_markup(title), title_justify="left")
-    for header in _HEADERS:
-        table.add_column(header, justify="left" if header in _LEFT else "right", overflow="fold")
+def layer_table(layers: Sequence[LayerReport]) -> Table:
+    """The layers as a table for a terminal, where 80 columns have to do: "retained" is without -> with reordering."""
+    planned = any(row.status == "block-sparse" for row in layers)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
+    table.add_column("layer", overflow="fold")
+    for header in ("weight", "block", *(("density", "retained") if planned else ("MACs",))):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("status", min_width=len("block-sparse"))
     for row in layers:
-        cells = (escape_markup(cell) for cell in _cells(row))
-        table.add_row(*cells, style="" if row.status != "dense" else "dim")
+        cells = [row.node, _dims(row.weight_shape), _dims(row.block_size or ())]
+        if planned:
+            shares = "" if row.retained is None else percent(row.retained)
+            if row.baseline is not None:
+                shares = f"{100 * row.baseline:.1f} -> {shares}"
+            cells += [percent(row.density), shares]
+        else:
+            cells.append("?" if row.macs is None else count(row.macs))
+        table.add_row(*map(escape_markup, (*cells, _status(row))), style="dim" if row.status == "dense" else "")
     return table
 
 
 def print_report(report: Report, console: Console) -> None:
     """Print the layers and the totals."""
-    console.print(layer_table(report.layers, f"{report.model} -> {report.output}"))
+    console.print(f"{report.model} -> {report.output}", markup=False, highlight=False)
+    console.print(layer_table(report.layers))
     totals = Table.grid(padding=(0, 2))
     for label, text in summary(report):
         totals.add_row(label, escape_markup(text))
@@ -239,7 +251,6 @@ def write_report(report: Report, path: str | Path) -> None:
 
 
 _HEADERS = ("layer", "op", "weight", "block", "density", "retained", "not reordered", "multiplications", "status")
-_LEFT = ("layer", "op", "status")
 _RENDERERS: dict[str, Callable[[Report], str]] = {".json": to_json, ".md": to_markdown, ".html": to_html}
 
 
@@ -247,14 +258,22 @@ def _cells(row: LayerReport) -> tuple[str, ...]:
     return (
         row.node,
         row.op_type,
-        "x".join(map(str, row.weight_shape)),
-        "x".join(map(str, row.block_size)) if row.block_size else "",
+        _dims(row.weight_shape),
+        _dims(row.block_size or ()),
         percent(row.density),
         "" if row.retained is None else percent(row.retained),
         "" if row.baseline is None else percent(row.baseline),
         "?" if row.macs is None else count(row.macs),
-        f"{row.status}: {row.reason}" if row.reason else row.status,
+        _status(row),
     )
+
+
+def _status(row: LayerReport) -> str:
+    return f"{row.status}: {row.reason}" if row.reason else row.status
+
+
+def _dims(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
 
 
 def percent(share: float) -> str:
