@@ -46,6 +46,7 @@ def test_a_profile_is_written_where_it_is_asked_for(tmp_path: Path) -> None:
     assert Path(session.end_profiling()).parent == tmp_path
 
 
+@pytest.mark.filterwarnings("ignore:Specified provider")  # the fake list is not what onnxruntime checks
 def test_a_provider_that_is_not_there_is_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(SessionError, match=r"no CUDAExecutionProvider: pip install 'tetris-onnx\[gpu\]'"):
