@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <new>
 #include <thread>
 
 namespace tetris {
@@ -27,13 +28,15 @@ constexpr int64_t kMaxGroups = 256;
 // `compute(i)` for i < work.compute_items, of which the ones with group_of(i) == g start after group g is prepared.
 // Threads take items from one counter, in order, so an early finisher takes over what is left, and nobody waits for a
 // thread that has not yet started: a waiting thread waits only for items that others are working on.
-// `Work` needs: groups, prepare_items, compute_items, prepare, compute, group_of. At most kMaxGroups groups.
+// `Work` needs: groups, prepare_items, compute_items, prepare, compute, group_of; at most kMaxGroups groups. `compute`
+// may throw std::bad_alloc, `prepare` nothing.
 template <class Work>
 void run_work(const ThreadPool& pool, Work& work) {
   struct State {
     Work& work;
     std::atomic<int64_t> next{0};
     std::atomic<int64_t> prepared[kMaxGroups] = {};
+    std::atomic<bool> out_of_memory{false};
   } state{work};
   const int64_t total = work.groups * work.prepare_items + work.compute_items;
   auto drain = [](void* data, size_t) {
@@ -52,12 +55,17 @@ void run_work(const ThreadPool& pool, Work& work) {
           const std::atomic<int64_t>& prepared = state.prepared[work.group_of(index)];
           while (prepared.load(std::memory_order_acquire) < work.prepare_items) std::this_thread::yield();
         }
-        work.compute(index);
+        try {
+          work.compute(index);
+        } catch (const std::bad_alloc&) {  // no exception may cross the pool, which is not ours
+          state.out_of_memory.store(true, std::memory_order_relaxed);
+        }
       }
     }
   };
   const int64_t threads = machine_threads();
   pool.run(drain, static_cast<size_t>(total < threads ? total : threads), &state);
+  if (state.out_of_memory.load()) throw std::bad_alloc();
 }
 
 }  // namespace tetris

@@ -117,6 +117,7 @@ def session(model: onnx.ModelProto, threads: int = 1) -> onnxruntime.InferenceSe
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # what goes wrong is in the exception
+    options.enable_cpu_mem_arena = False  # each output an allocation of its own, so that the sanitizers see its ends
     return runtime.InferenceSession(model.SerializeToString(), options)
 
 
