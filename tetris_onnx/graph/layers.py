@@ -12,6 +12,7 @@ from typing import cast
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
+from onnx import TensorProto
 
 DOMAIN = "ai.tetris"
 CONV, GEMM = "BlockSparseConv", "BlockSparseGemm"
@@ -54,12 +55,14 @@ class Layer:
     @property
     def in_axis(self) -> int | None:
         """Axis of the input channels in `data`; None where its rank is not known."""
-        return 1 if self.is_conv or self.node.op == "Gemm" else _last_axis(self.data)
+        if self.is_conv or self.node.op == "Gemm":
+            return 1
+        return None if self.data.shape is None else len(self.data.shape) - 1
 
     @property
     def out_axis(self) -> int | None:
-        """Axis of the output channels in `output`; None where its rank is not known."""
-        return 1 if self.is_conv or self.node.op == "Gemm" else _last_axis(self.output)
+        """Axis of the output channels in `output`, which has the rank of `data`; None where that is not known."""
+        return self.in_axis
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -132,7 +135,9 @@ def _why_dense(node: gs.Node) -> str:
             return "its weight is quantized"
         return "its weight is not a constant"
     if weight.dtype != np.float32:
-        return f"its weight is {np.dtype(weight.dtype).name}, not float32"
+        kind = weight.dtype  # ONNX's number for a type that numpy does not have
+        name = TensorProto.DataType.Name(kind).lower() if isinstance(kind, int) else np.dtype(kind).name
+        return f"its weight is {name}, not float32"
     if node.op == "Conv":
         if len(weight.shape) not in (3, 4, 5):
             return f"it is a convolution over {len(weight.shape) - 2} axes (1 to 3 are supported)"
@@ -196,7 +201,3 @@ def _is_normal(gemm: gs.Node) -> bool:
         return True
     out = gemm.inputs[1].shape[0 if gemm.attrs.get("transB", 0) else 1]
     return isinstance(gemm.inputs[2], gs.Constant) and tuple(gemm.inputs[2].shape) == (out,)
-
-
-def _last_axis(tensor: gs.Tensor) -> int | None:
-    return None if tensor.shape is None else len(tensor.shape) - 1
