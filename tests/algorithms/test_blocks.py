@@ -90,6 +90,7 @@ def test_block_sums_and_expand_keep_agree(axes: list[tuple[int, int]], seed: int
         (10, 0.9, 1),
         (5, 0.9, 1),  # half up
         (5, 0.7, 2),  # 1.5 -> 2
+        (15, 0.9, 2),  # 1.5 again, but in floats (1 - 0.9) * 15 < 1.5
         (256, 0.78, 56),
         (100352, 0.96, 4014),
     ],
@@ -113,6 +114,7 @@ def test_keep_mask_by_hand() -> None:
 
 def test_equal_blocks_are_kept_by_their_index() -> None:
     assert keep_mask(np.ones((4, 6)), (2, 2), 0.5).tolist() == [[True, True, True], [False, False, False]]
+    assert np.argwhere(keep_mask(np.ones((1, 1000)), (1, 1), 0.6)).max() == 399
     assert keep_mask(np.zeros((2, 4)), (1, 2), 0.25).tolist() == [[True, True], [True, False]]
 
 

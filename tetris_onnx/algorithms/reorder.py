@@ -356,7 +356,7 @@ def greedy_step(
     swap = best[:, pattern]
     swap += swap.T.copy()
     np.fill_diagonal(swap, -np.inf)
-    # The best partner of each group, so that the best swap is found without a look at all of them.
+    # A best partner of each group, so that the best swap is found without a look at all of them.
     partner = swap.argmax(axis=1)
     value = swap.max(axis=1)
     while True:
@@ -371,16 +371,13 @@ def greedy_step(
         own[a], own[b] = gain[a, pattern[k]], gain[b, pattern[j]]
         for g in (j, k):
             update(g)
-        # Rows whose best partner was one of the two may have lost it.
+        # Rows whose best partner was one of the two may have lost it. Those that found a better one in them need no
+        # update: the same swap stands in row j or k.
         stale = (partner == j) | (partner == k)
         stale[j] = stale[k] = True
         for g in (j, k):
-            row = best[g, pattern] + best[:, pattern[g]]
-            row[g] = -np.inf
-            swap[g] = row
-            swap[:, g] = row
-            higher = np.flatnonzero(row > value)
-            value[higher], partner[higher] = row[higher], g
+            swap[g] = swap[:, g] = best[g, pattern] + best[:, pattern[g]]
+            swap[g, g] = -np.inf
         rows = np.flatnonzero(stale)
         found = swap[rows]
         partner[rows] = found.argmax(axis=1)
