@@ -26,7 +26,7 @@ def fold_gathers(graph: gs.Graph) -> None:
             if gather_permutation(node) is not None and node.outputs:
                 moved |= _sink(graph, node)
         for node in list(graph.nodes):
-            if node.op == "Concat":
+            if node.op == "Concat" and node.domain in (None, "", "ai.onnx"):
                 moved |= _merge_before_concat(graph, node)
     _share(graph)
 
@@ -44,7 +44,7 @@ def _sink(graph: gs.Graph, gather: gs.Node) -> bool:
     perm = gather_permutation(gather)
     assert perm is not None
     value = gather.outputs[0]
-    where = ChannelAxis(gather.attrs.get("axis", 0) % len(value.shape), perm.size)
+    where = ChannelAxis(gather.attrs.get("axis", 0) % len(gather.inputs[0].shape), perm.size)
     region = find_region(graph, value, where)
     if region.barriers or not all(_has_order(source, perm) for source in region.sources):
         return False

@@ -15,7 +15,9 @@ def fuse_epilogue(graph: gs.Graph) -> None:
         if not layer.block_sparse:
             continue
         follower = only_consumer(graph, layer.output)
-        if follower is not None and follower.op == "Add" and _add_bias(layer, follower):
+        if follower is None or follower.domain not in (None, "", "ai.onnx"):
+            continue
+        if follower.op == "Add" and _add_bias(layer, follower):
             _take_over(graph, layer, follower)
             follower = only_consumer(graph, layer.output)
         if follower is not None and follower.domain in (None, "", "ai.onnx"):
