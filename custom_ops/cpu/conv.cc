@@ -9,8 +9,8 @@ namespace {
 
 // Input that one strip reads: it stays in the second-level cache while all block rows go over it.
 constexpr int64_t kStripBytes = 384 << 10;
-// An input up to this size is not cut into strips.
-constexpr int64_t kWholeBytes = 1 << 20;
+// An input up to this size is not cut into strips: it is in the cache often enough.
+constexpr int64_t kWholeBytes = 2 << 20;
 // Maps up to this many pixels are copied into a row-padded panel, larger ones are read in place: there, the few tiles
 // at the upper and the lower edge, which need a mask for each tap, weigh less than the copy.
 constexpr int64_t kPanelPixels = 28 * 28;
@@ -19,6 +19,8 @@ constexpr int64_t kItemsPerThread = 4;
 constexpr size_t kMaxPlans = 8;
 // Floats after the packed weights that prefetches may name.
 constexpr size_t kPrefetchPadding = 8192;
+// Floats after the packed bias that a vector of rows may touch (and ignore).
+constexpr size_t kBiasPadding = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -80,7 +82,7 @@ ConvKernel::ConvKernel(const ConvAttributes& attributes, const BlockSparseWeight
   }
 
   weight_ = Buffer(static_cast<size_t>(weight_size) + kPrefetchPadding);
-  bias_ = Buffer(static_cast<size_t>(bias_size));
+  bias_ = Buffer(static_cast<size_t>(bias_size) + kBiasPadding);
   for (int64_t r = 0; r < weight.block_rows(); ++r) {
     const BlockRow& block_row = block_rows_[static_cast<size_t>(r)];
     for (size_t g = block_row.group_begin; g < block_row.group_end; ++g) {
@@ -136,9 +138,13 @@ struct ConvKernel::Plan {
   struct Phase {
     int64_t remainder, offset, extra_rows, rows;
   };
-  // Of the inner output positions, those that a tap finds inside the input.
+  // What a tap sees along one dimension: output position i is the input's i * stride + offset, inside the input for
+  // begin <= i < end.
+  struct View {
+    int64_t offset, begin, end;
+  };
   struct InnerTap {
-    int64_t middle_offset, inner_offset, inner_begin, inner_end;
+    View middle, inner;
   };
 
   Spatial input, output;
@@ -154,6 +160,9 @@ struct ConvKernel::Plan {
   std::vector<Phase> phases;
   std::vector<InnerTap> inner_taps;
   int64_t channel_stride = 0, panel_size = 0;
+  // The taps of the last pixels of a side-masked strip, sides applied: [tap][tail_width], at the end of each channel.
+  std::vector<int64_t> tail_tap_offset;
+  int64_t tail_width = 0;
 };
 
 // Floats before and after a panel that a vector may touch (and ignore) beyond its ends.
@@ -195,18 +204,31 @@ std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& inp
   const int64_t lanes = kernels_.lanes;
   const int64_t input_bytes = static_cast<int64_t>(used_.size()) * plan.input_plane * 4;
 
+  auto view = [](int64_t offset, int64_t stride, int64_t size, int64_t input_size) {
+    const int64_t begin = offset < 0 ? std::min(size, ceil_div(-offset, stride)) : 0;
+    const int64_t room = input_size - offset;  // positions from the first to the input's end
+    return Plan::View{offset, begin, std::max(begin, room <= 0 ? 0 : std::min(size, ceil_div(room, stride)))};
+  };
   // Adds the tiles of `pixels` output pixels that begin at `pixel`, and the strip they make.
   auto add_strip = [&](int64_t first_row, int64_t rows, int64_t pixel, int64_t pixels) {
     const size_t begin = plan.tiles.size();
-    for (int64_t done = 0; done < pixels;) {
+    const int64_t source = plan.direct ? pixel : 0;
+    // In place, only a pointwise kernel finds each tap of the last pixels inside the input.
+    int64_t tail = plan.direct && !pointwise ? 0 : pixels % lanes;
+    if (tail > kernels_.tail_pixels) tail = 0;
+    for (int64_t done = 0; done < pixels - tail;) {
       // Three vectors at a time; four are two and two, as one vector alone keeps the multipliers waiting for loads.
-      const int64_t left = ceil_div(pixels - done, lanes);
+      const int64_t left = ceil_div(pixels - tail - done, lanes);
       const int64_t most = kernels_.conv_vectors;
       const int64_t vectors = left == most + 1 ? ceil_div(left, 2) : std::min(left, most);
-      const int64_t last = std::min(lanes, pixels - done - (vectors - 1) * lanes);
-      plan.tiles.push_back({plan.direct ? pixel + done : done, pixel + done, static_cast<int>(vectors),
-                            static_cast<int>(last), TapMode::kPlain, 0});
+      const int64_t last = std::min(lanes, pixels - tail - done - (vectors - 1) * lanes);
+      plan.tiles.push_back({source + done, pixel + done, static_cast<int>(vectors), static_cast<int>(last),
+                            TapMode::kPlain, 0});
       done += vectors * lanes;
+    }
+    if (tail > 0) {
+      const int64_t done = pixels - tail;
+      plan.tiles.push_back({source + done, pixel + done, 0, static_cast<int>(tail), TapMode::kTail, 0});
     }
     plan.strips.push_back({first_row, rows, begin, plan.tiles.size()});
   };
@@ -228,19 +250,11 @@ std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& inp
       add_strip(0, 0, begin, end - begin);
     }
   } else {
-    plan.inner_taps.push_back({0, 0, 0, width});
-    if (!plan.side_masked) {
-      plan.inner_taps.clear();
-      for (int64_t i = 0; i < a.kernel[1] * a.kernel[2]; ++i) {
-        Plan::InnerTap tap{};
-        tap.middle_offset = i / a.kernel[2] * a.dilations[1] - a.pads_begin[1];
-        tap.inner_offset = i % a.kernel[2] * a.dilations[2] - a.pads_begin[2];
-        const int64_t stride = a.strides[2];
-        tap.inner_begin = tap.inner_offset < 0 ? std::min(width, ceil_div(-tap.inner_offset, stride)) : 0;
-        const int64_t room = input[2] - tap.inner_offset;  // positions from the first to the input's end
-        tap.inner_end = std::max(tap.inner_begin, room <= 0 ? 0 : std::min(width, ceil_div(room, stride)));
-        plan.inner_taps.push_back(tap);
-      }
+    for (int64_t i = 0; i < (plan.side_masked ? 1 : a.kernel[1] * a.kernel[2]); ++i) {
+      const int64_t middle = plan.side_masked ? 0 : i / a.kernel[2] * a.dilations[1] - a.pads_begin[1];
+      const int64_t column = plan.side_masked ? 0 : i % a.kernel[2] * a.dilations[2] - a.pads_begin[2];
+      plan.inner_taps.push_back({view(middle, a.strides[1], plan.output[1], input[1]),
+                                 view(column, a.strides[2], width, input[2])});
     }
     const int64_t inner_count = static_cast<int64_t>(plan.inner_taps.size());
     const int64_t stride = a.strides[0];
@@ -266,6 +280,11 @@ std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& inp
       phase.offset = offset;
       phase.rows = strip_rows + phase.extra_rows;
       offset += checked_product(checked_product(phase.rows, inner), inner_count);
+    }
+    if (plan.side_masked && kernels_.tail_pixels > 0) {
+      plan.tail_width = kernels_.tail_pixels;
+      for (int64_t t = 0; t < taps_; ++t) plan.tail_tap_offset.push_back(offset + t * plan.tail_width);
+      offset += taps_ * plan.tail_width;
     }
     // Whole cache lines, and not a multiple of 512 bytes: channels must not fight for the same lines of the cache.
     plan.channel_stride = ceil_div(offset, 16) * 16;
@@ -294,10 +313,10 @@ std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& inp
   // Masks. A tap of an output pixel counts where it lies inside the input, and a lane where its pixel exists.
   if (!plan.side_masked && !plan.direct) return owner;
   for (Plan::Tile& tile : plan.tiles) {
+    if (tile.mode == TapMode::kTail) continue;
     const int64_t count = (tile.vectors - 1) * lanes + tile.last_lanes;
     std::vector<uint32_t> side(static_cast<size_t>(2 * tile.vectors), 0);
     std::vector<uint32_t> every(static_cast<size_t>(taps_ * tile.vectors), 0);
-    bool sides = false;
     bool ends = tile.last_lanes < lanes;
     for (int64_t p = 0; p < count; ++p) {
       const int64_t row = (tile.pixel + p) / width, column = (tile.pixel + p) % width;
@@ -306,7 +325,6 @@ std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& inp
       if (plan.side_masked) {
         if (column > 0) side[v] |= bit;
         if (column + 1 < width) side[vectors + v] |= bit;
-        sides = sides || column == 0 || column + 1 == width;
       }
       for (int64_t t = 0; plan.direct && t < taps_; ++t) {
         const int64_t in_row = row + t / a.kernel[2] * a.dilations[0] - a.pads_begin[0];
@@ -327,7 +345,7 @@ std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& inp
     if (plan.direct && ends) {
       tile.mode = TapMode::kEveryMasked;
       plan.masks.insert(plan.masks.end(), every.begin(), every.end());
-    } else if (sides) {
+    } else if (plan.side_masked) {
       tile.mode = TapMode::kSideMasked;
       plan.masks.insert(plan.masks.end(), side.begin(), side.end());
     }
@@ -388,13 +406,14 @@ struct ConvKernel::Work {
     ConvTile call{};
     call.channel_offset = plan.channel_offset.data() + block_row.channel_begin;
     call.channels = block_row.channel_count;
-    call.tap_offset = plan.tap_offset.data();
     call.taps = kernel.taps_;
     call.low = kernel.activation_.low;
     call.high = kernel.activation_.high;
     for (size_t i = begin; i < end; ++i) {
       const Plan::Tile& tile = plan.tiles[i];
-      call.x = source + tile.source;
+      const bool packed_tail = tile.mode == TapMode::kTail && plan.tail_width > 0;
+      call.x = packed_tail ? source : source + tile.source;
+      call.tap_offset = packed_tail ? plan.tail_tap_offset.data() : plan.tap_offset.data();
       call.y = to + tile.pixel;
       call.vectors = tile.vectors;
       call.last_lanes = tile.last_lanes;
@@ -417,7 +436,7 @@ struct ConvKernel::Work {
     const Plan::Strip& strip = plan.strips[static_cast<size_t>(stage) % plan.strips.size()];
     const int64_t image = stage / static_cast<int64_t>(plan.strips.size());
     const ConvAttributes& a = kernel.attributes_;
-    const int64_t inner = plan.output[1] * plan.output[2];
+    const int64_t width = plan.output[2], inner = plan.output[1] * width;
     const int64_t inner_input = plan.input[1] * plan.input[2];
     const int64_t stride = a.strides[0];
     // Rows that are copied as they are need no loop over rows.
@@ -439,39 +458,51 @@ struct ConvKernel::Work {
           float* plane = to + phase.offset + static_cast<int64_t>(i) * phase.rows * inner;
           zero(plane, row_begin * inner);
           zero(plane + row_end * inner, (rows - row_end) * inner);
+          if (row_end == row_begin) continue;
           const float* start = from + (first + row_begin * stride) * inner_input;
           float* out = plane + row_begin * inner;
+          const Plan::InnerTap& tap = plan.inner_taps[i];
           if (as_is && (stride == 1 || inner == 1)) {
-            if (row_end > row_begin) kernel.kernels_.gather(out, start, (row_end - row_begin) * inner, stride);
-            continue;
-          }
-          for (int64_t q = row_begin; q < row_end; ++q, start += stride * inner_input, out += inner) {
-            if (as_is) {
-              kernel.kernels_.gather(out, start, inner, 1);
-            } else {
-              fill_inner(out, start, plan.inner_taps[i]);
+            const int64_t count = (row_end - row_begin) * inner;
+            copy_rows(out, start, {1, count, 0, count, 0, stride});
+          } else if (plan.input[1] == 1 && plan.output[1] == 1) {
+            fill_rows(out, start, row_end - row_begin, stride * inner_input, tap.inner);
+          } else {
+            for (int64_t q = row_begin; q < row_end; ++q, start += stride * inner_input, out += inner) {
+              const Plan::View& middle = tap.middle;
+              zero(out, middle.begin * width);
+              fill_rows(out + middle.begin * width,
+                        start + (middle.begin * a.strides[1] + middle.offset) * plan.input[2],
+                        middle.end - middle.begin, a.strides[1] * plan.input[2], tap.inner);
+              zero(out + middle.end * width, (plan.output[1] - middle.end) * width);
             }
+          }
+        }
+      }
+      const Plan::Tile& last = plan.tiles[strip.tile_end - 1];
+      if (plan.tail_width > 0 && last.mode == TapMode::kTail) {
+        for (int64_t t = 0; t < kernel.taps_; ++t) {
+          for (int64_t p = 0; p < last.last_lanes; ++p) {
+            const int64_t column = (last.pixel + p) % width;
+            const bool outside = (t % 3 == 0 && column == 0) || (t % 3 == 2 && column + 1 == width);
+            to[plan.tail_tap_offset[static_cast<size_t>(t)] + p] =
+                outside ? 0.0F : to[plan.tap_offset[static_cast<size_t>(t)] + last.source + p];
           }
         }
       }
     }
   }
 
-  // One tap's view of the middle and inner dimensions of one outer row.
-  void fill_inner(float* to, const float* from, const Plan::InnerTap& tap) const {
-    const ConvAttributes& a = kernel.attributes_;
-    const int64_t width = plan.output[2];
-    for (int64_t m = 0; m < plan.output[1]; ++m, to += width) {
-      const int64_t middle = m * a.strides[1] + tap.middle_offset;
-      if (middle < 0 || middle >= plan.input[1] || tap.inner_begin >= tap.inner_end) {
-        zero(to, width);
-        continue;
-      }
-      zero(to, tap.inner_begin);
-      const float* row = from + middle * plan.input[2] + tap.inner_begin * a.strides[2] + tap.inner_offset;
-      kernel.kernels_.gather(to + tap.inner_begin, row, tap.inner_end - tap.inner_begin, a.strides[2]);
-      zero(to + tap.inner_end, width - tap.inner_end);
-    }
+  // Rows of the inner dimension as one tap sees them.
+  void fill_rows(float* to, const float* from, int64_t rows, int64_t from_stride, const Plan::View& view) const {
+    const int64_t width = plan.output[2], stride = kernel.attributes_.strides[2];
+    if (view.begin == view.end) return zero(to, rows * width);
+    copy_rows(to, from + view.begin * stride + view.offset,
+              {rows, width, view.begin, view.end - view.begin, from_stride, stride});
+  }
+
+  void copy_rows(float* to, const float* from, const RowCopy& copy) const {
+    kernel.kernels_.copy_rows(to, from, copy);
   }
 
   static void zero(float* to, int64_t count) { std::memset(to, 0, static_cast<size_t>(count) * sizeof(float)); }
