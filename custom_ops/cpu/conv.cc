@@ -160,9 +160,9 @@ struct ConvKernel::Plan {
   std::vector<Phase> phases;
   std::vector<InnerTap> inner_taps;
   int64_t channel_stride = 0, panel_size = 0;
-  // The taps of the last pixels of a side-masked strip, sides applied: [tap][tail_width], at the end of each channel.
-  std::vector<int64_t> tail_tap_offset;
-  int64_t tail_width = 0;
+  // The taps of the last pixels of a side-masked strip, sides applied: [channel][tap][tail_width], after the panel.
+  std::vector<int64_t> tail_channel_offset, tail_tap_offset;
+  int64_t tail_begin = 0, tail_width = 0;
 };
 
 // Floats before and after a panel that a vector may touch (and ignore) beyond its ends.
@@ -281,16 +281,19 @@ std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& inp
       phase.rows = strip_rows + phase.extra_rows;
       offset += checked_product(checked_product(phase.rows, inner), inner_count);
     }
-    if (plan.side_masked && kernels_.tail_pixels > 0) {
-      plan.tail_width = kernels_.tail_pixels;
-      for (int64_t t = 0; t < taps_; ++t) plan.tail_tap_offset.push_back(offset + t * plan.tail_width);
-      offset += taps_ * plan.tail_width;
-    }
     // Whole cache lines, and not a multiple of 512 bytes: channels must not fight for the same lines of the cache.
     plan.channel_stride = ceil_div(offset, 16) * 16;
     if (plan.channel_stride % 128 == 0) plan.channel_stride += 16;
-    plan.panel_size =
-        checked_product(plan.channel_stride, static_cast<int64_t>(used_.size())) + 2 * kPanelSlack;
+    plan.tail_begin = checked_product(plan.channel_stride, static_cast<int64_t>(used_.size())) + kPanelSlack;
+    if (plan.side_masked) {
+      plan.tail_width = kernels_.tail_pixels;
+      for (int64_t t = 0; t < taps_; ++t) plan.tail_tap_offset.push_back(t * plan.tail_width);
+      for (const int64_t c : channel_) {
+        plan.tail_channel_offset.push_back(plan.tail_begin + slot_[static_cast<size_t>(c)] * taps_ * plan.tail_width);
+      }
+    }
+    plan.panel_size = plan.tail_begin + kPanelSlack +
+                      checked_product(static_cast<int64_t>(used_.size()), taps_ * plan.tail_width);
     for (int64_t k = 0; k < a.kernel[0]; ++k) {
       const int64_t remainder = k * a.dilations[0] % stride, extra = k * a.dilations[0] / stride;
       const auto phase = std::find_if(plan.phases.begin(), plan.phases.end(),
@@ -404,7 +407,6 @@ struct ConvKernel::Work {
 
   void run_tiles(const BlockRow& block_row, const float* source, float* to, size_t begin, size_t end) const {
     ConvTile call{};
-    call.channel_offset = plan.channel_offset.data() + block_row.channel_begin;
     call.channels = block_row.channel_count;
     call.taps = kernel.taps_;
     call.low = kernel.activation_.low;
@@ -414,6 +416,8 @@ struct ConvKernel::Work {
       const bool packed_tail = tile.mode == TapMode::kTail && plan.tail_width > 0;
       call.x = packed_tail ? source : source + tile.source;
       call.tap_offset = packed_tail ? plan.tail_tap_offset.data() : plan.tap_offset.data();
+      call.channel_offset =
+          (packed_tail ? plan.tail_channel_offset : plan.channel_offset).data() + block_row.channel_begin;
       call.y = to + tile.pixel;
       call.vectors = tile.vectors;
       call.last_lanes = tile.last_lanes;
@@ -443,6 +447,13 @@ struct ConvKernel::Work {
     const bool as_is = plan.side_masked || (inner == inner_input && a.kernel[1] == 1 && a.kernel[2] == 1 &&
                                             a.strides[1] == 1 && a.strides[2] == 1 && a.pads_begin[1] == 0 &&
                                             a.pads_begin[2] == 0);
+    const Plan::Tile& last = plan.tiles[strip.tile_end - 1];
+    const bool packed_tail = plan.tail_width > 0 && last.mode == TapMode::kTail;
+    bool left_side[kMostTailPixels] = {}, right_side[kMostTailPixels] = {};
+    for (int64_t p = 0; packed_tail && p < last.last_lanes; ++p) {
+      left_side[p] = (last.pixel + p) % width == 0;
+      right_side[p] = (last.pixel + p + 1) % width == 0;
+    }
     for (int64_t u = begin; u < end; ++u) {
       const int64_t channel = image * kernel.inputs_ + kernel.used_[static_cast<size_t>(u)];
       const float* from = x + channel * plan.input_plane;
@@ -462,9 +473,10 @@ struct ConvKernel::Work {
           const float* start = from + (first + row_begin * stride) * inner_input;
           float* out = plane + row_begin * inner;
           const Plan::InnerTap& tap = plan.inner_taps[i];
-          if (as_is && (stride == 1 || inner == 1)) {
-            const int64_t count = (row_end - row_begin) * inner;
-            copy_rows(out, start, {1, count, 0, count, 0, stride});
+          if (as_is && stride == 1) {
+            std::memcpy(out, start, static_cast<size_t>((row_end - row_begin) * inner) * sizeof(float));
+          } else if (as_is && inner == 1) {
+            copy_rows(out, start, {1, row_end - row_begin, 0, row_end - row_begin, 0, stride});
           } else if (plan.input[1] == 1 && plan.output[1] == 1) {
             fill_rows(out, start, row_end - row_begin, stride * inner_input, tap.inner);
           } else {
@@ -479,14 +491,14 @@ struct ConvKernel::Work {
           }
         }
       }
-      const Plan::Tile& last = plan.tiles[strip.tile_end - 1];
-      if (plan.tail_width > 0 && last.mode == TapMode::kTail) {
-        for (int64_t t = 0; t < kernel.taps_; ++t) {
+      if (packed_tail) {
+        float* tail = panel + kPanelSlack + plan.tail_begin + u * kernel.taps_ * plan.tail_width;
+        for (int64_t t = 0; t < kernel.taps_; t += 3) {
+          const float* row = to + plan.tap_offset[static_cast<size_t>(t)] + last.source;
           for (int64_t p = 0; p < last.last_lanes; ++p) {
-            const int64_t column = (last.pixel + p) % width;
-            const bool outside = (t % 3 == 0 && column == 0) || (t % 3 == 2 && column + 1 == width);
-            to[plan.tail_tap_offset[static_cast<size_t>(t)] + p] =
-                outside ? 0.0F : to[plan.tap_offset[static_cast<size_t>(t)] + last.source + p];
+            tail[t * plan.tail_width + p] = left_side[p] ? 0.0F : row[p];
+            tail[(t + 1) * plan.tail_width + p] = row[p + 1];
+            tail[(t + 2) * plan.tail_width + p] = right_side[p] ? 0.0F : row[p + 2];
           }
         }
       }

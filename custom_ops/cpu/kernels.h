@@ -38,6 +38,8 @@ struct ConvTile {
   float low, high;
 };
 
+constexpr int kMostTailPixels = 8;
+
 // Adjacent input channels of a kept part of a block row.
 struct Run {
   int64_t begin, count;
@@ -72,7 +74,7 @@ struct KernelSet {
   const char* name;
   int lanes;
   int conv_rows, conv_vectors;
-  int tail_pixels;  // 0: no kTail
+  int tail_pixels;  // 0: no kTail; at most kMostTailPixels
   int gemm_samples, gemm_vectors;
   void (*conv_tile)(const ConvTile& tile);
   void (*gemm_tile)(const GemmTile& tile);
