@@ -15,7 +15,13 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from tetris_onnx.graph.layers import DOMAIN
+from tetris_onnx.graph import io
+from tetris_onnx.graph.channels import gather_permutation
+from tetris_onnx.graph.layers import DOMAIN, find_layers
+from tetris_onnx.optimize import masked_dense, pipeline
+from tetris_onnx.passes import run_passes
+from tetris_onnx.plan import LayerPlan, Plan
+from tetris_onnx.planner import prepare
 
 Dim = int | str | None
 
@@ -60,6 +66,14 @@ class Net:
         """A random float32 initializer."""
         return self.constant(self.rng.uniform(low, high, shape).astype(np.float32), name)
 
+    def weight_values(self, out: int, in_: int, *kernel: int) -> NDArray:
+        """A weight that keeps the size of activations about the same, so that rounding errors do not grow."""
+        limit = np.sqrt(6 / (in_ * int(np.prod(kernel))))
+        return self.rng.uniform(-limit, limit, (out, in_, *kernel)).astype(np.float32)
+
+    def weight(self, out: int, in_: int, *kernel: int) -> str:
+        return self.constant(self.weight_values(out, in_, *kernel))
+
     def op(self, op: str, *inputs: str, out: str | None = None, domain: str = "", **attributes: Any) -> str:
         """A node of one output."""
         out = out or self.name(op.lower())
@@ -79,7 +93,7 @@ class Net:
     ) -> str:
         """A convolution from ``channels[0]`` to ``channels[1]`` channels that keeps the size (unless ``attributes`` say more)."""
         in_, out = channels
-        weight = self.random(out, in_ // group, *[kernel] * axes)
+        weight = self.weight(out, in_ // group, *[kernel] * axes)
         attributes.setdefault("pads", [kernel // 2] * 2 * axes)
         if attributes.get("auto_pad"):
             del attributes["pads"]
@@ -88,10 +102,10 @@ class Net:
 
     def gemm(self, x: str, channels: tuple[int, int], bias: bool = True) -> str:
         in_, out = channels
-        return self.op("Gemm", x, self.random(out, in_), *([self.random(out)] if bias else []), transB=1)
+        return self.op("Gemm", x, self.weight(out, in_), *([self.random(out)] if bias else []), transB=1)
 
     def matmul(self, x: str, channels: tuple[int, int]) -> str:
-        return self.op("MatMul", x, self.random(*channels))
+        return self.op("MatMul", x, self.constant(self.weight_values(*channels[::-1]).T))
 
     def batchnorm(self, x: str, channels: int, **attributes: Any) -> str:
         vectors = [self.random(channels, low=0.5, high=1.5), self.random(channels), self.random(channels)]
@@ -159,3 +173,76 @@ def weights_of(model: onnx.ModelProto) -> dict[str, NDArray]:
 def block_sparse_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """The nodes of our operators, in order."""
     return [node for node in model.graph.node if node.domain == DOMAIN]
+
+
+def random_plan(
+    model: onnx.ModelProto,
+    block_size: tuple[int, int] = (4, 4),
+    density: float = 0.5,
+    seed: int = 0,
+    fixed: Sequence[str] = (),
+    skip: Sequence[str] = (),
+) -> Plan:
+    """A plan that reorders every layer of ``model`` at random: harder than what a search finds.
+
+    ``fixed``: axes of layers that keep their order, as ``NAME.in`` and ``NAME.out``. ``skip``: layers to leave out.
+    """
+    rng = np.random.default_rng(seed)
+    plans = []
+    for layer in find_layers(prepare(io.to_graph(model))):
+        if layer.why_dense or layer.name in skip:
+            continue
+        out, in_ = layer.weight_shape[:2]
+        rows, columns = (min(b, n) for b, n in zip(block_size, (out, in_), strict=True))
+        keep = rng.random((-(-out // rows), -(-in_ // columns))) < density
+        keep.flat[rng.integers(keep.size)] = True
+        perms = {end: rng.permutation(n) for end, n in (("out", out), ("in", in_))}
+        for end in perms:
+            if f"{layer.name}.{end}" in fixed:
+                perms[end] = np.arange(perms[end].size)
+        plans.append(LayerPlan(layer.name, perms["out"], perms["in"], (rows, columns), keep))
+    return Plan(tuple(plans))
+
+
+def rewrite(model: onnx.ModelProto, plan: Plan, gathers: str = "absorb", until: str | None = None) -> onnx.ModelProto:
+    """``model`` after the passes of `optimize`, or after those up to the one named ``until``."""
+    steps = pipeline(plan, gathers)
+    if until is not None:
+        steps = steps[: [step.name for step in steps].index(until) + 1]
+    return io.to_proto(run_passes(io.to_graph(model), steps), model)
+
+
+def our_gathers(model: onnx.ModelProto, original: onnx.ModelProto) -> int:
+    """How many reordering Gathers ``model`` has that ``original`` has not."""
+
+    def count(proto: onnx.ModelProto) -> int:
+        return sum(gather_permutation(node) is not None for node in io.to_graph(proto).nodes)
+
+    return count(model) - count(original)
+
+
+def check_rewrite(
+    model: onnx.ModelProto,
+    plan: Plan | None = None,
+    gathers: str = "absorb",
+    dynamic: int = 2,
+    tolerance: float = TOLERANCE,
+    left: int | None = 0,
+) -> onnx.ModelProto:
+    """Rewrite ``model`` and compare it with the dense model with the same blocks zeroed, in plain onnxruntime.
+
+    ``left``: how many Gathers have to be there (None: any number). Returns the rewritten model.
+    """
+    plan = random_plan(model) if plan is None else plan
+    before = model.SerializeToString()
+    result = rewrite(model, plan, gathers)
+    reference = masked_dense(model, plan)
+    assert model.SerializeToString() == before
+    assert len(block_sparse_nodes(result)) == len(plan)
+    onnx.checker.check_model(result, full_check=True)
+    feed = random_feed(model, dynamic)
+    error = relative_error(run(reference, feed), run(result, feed))
+    assert error <= tolerance
+    if left is not None:
+        assert our_gathers(result, model) == left
+    return result

@@ -170,6 +170,8 @@ def _judge(layer: Layer, config: Config, first: bool, last: bool) -> Candidate:
                 reason = f"its {shape[1]} x {shape[0]} channels leave blocks of {rows}x{columns}, too small to be fast"
             elif work is not None and work < _FEWEST_MULTIPLICATIONS:
                 reason = f"with {work} multiplications it is too small to gain"
+        if not reason and not np.isfinite(layer.weight).all():
+            reason = "its weight holds NaN or infinite values"
     return Candidate(layer, options, block, first, last, reason)
 
 
@@ -246,6 +248,6 @@ def _reachable(graph: gs.Graph, start: Sequence[gs.Tensor], stops: set[int], dow
         for node in tensor.outputs if downwards else tensor.inputs:
             if id(node) not in seen:
                 seen.add(id(node))
-                if id(node) not in stops:
+                if id(node) not in stops and node.op not in ("Shape", "Size"):
                     todo += node.outputs if downwards else node.inputs
     return seen

@@ -109,7 +109,7 @@ def find_layers(graph: gs.Graph) -> list[Layer]:
     layers = []
     for node in graph.nodes:
         if node.domain == DOMAIN and node.op in (CONV, GEMM):
-            layers.append(Layer(node, ""))
+            layers.append(Layer(node, "it is block-sparse already"))
         elif node.domain in (None, "", "ai.onnx") and node.op in ("Conv", "Gemm", "MatMul"):
             layers.append(Layer(node, _why_dense(node)))
     return layers

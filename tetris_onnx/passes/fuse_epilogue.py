@@ -12,7 +12,7 @@ from tetris_onnx.passes.surgery import only_consumer, remove_node, set_constant
 def fuse_epilogue(graph: gs.Graph) -> None:
     """Apply the pass."""
     for layer in find_layers(graph):
-        if not layer.block_sparse:
+        if not layer.block_sparse or _has_activation(layer):
             continue
         follower = only_consumer(graph, layer.output)
         if follower is None or follower.domain not in (None, "", "ai.onnx"):
@@ -25,6 +25,11 @@ def fuse_epilogue(graph: gs.Graph) -> None:
             if bounds is not None:
                 layer.node.attrs["activation_min"], layer.node.attrs["activation_max"] = bounds
                 _take_over(graph, layer, follower)
+
+
+def _has_activation(layer: Layer) -> bool:
+    low, high = (layer.node.attrs[f"activation_{end}"] for end in ("min", "max"))
+    return bool(low > -np.inf or high < np.inf)
 
 
 def _take_over(graph: gs.Graph, layer: Layer, follower: gs.Node) -> None:
