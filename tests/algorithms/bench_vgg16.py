@@ -2,7 +2,8 @@
 
 All 16 weight layers (138 M weights, the 25088 x 4096 one included) in blocks of 32 x 32 at the rates of Deep
 Compression, two worker processes of one BLAS thread each. The weights are random with the structure that matters to
-reordering: normal, times a log-normal scale per output and per input channel. On a machine that does other work, CPU seconds tell more.
+reordering: normal, times a log-normal scale per output and per input channel. Where the machine has other work to do,
+read the CPU seconds.
 """
 
 from __future__ import annotations
@@ -34,11 +35,15 @@ LAYERS = [
     ("fc8", (1000, 4096), 1, 0.77),
 ]
 
+Task = tuple[str, tuple[int, int], int, float, str, float]  # a layer, the method, the spread of the channel scales
+# shares retained without and with reordering, winning start, its iterations, seconds, CPU seconds, peak GiB
+Outcome = tuple[float, float, str, int, float, float, float]
+
 
 def search(
     task: tuple[str, tuple[int, int], int, float, str, float],
 ) -> tuple[float, float, str, int, float, float, float]:
-    """Reorder a layer: shares retained without and with it, winning start, its iterations, seconds, CPU seconds, peak GiB."""
+    """Reorder one layer of random weights."""
     # Imported here: the environment that limits BLAS to one thread must be set before numpy is loaded.
     import numpy as np
 

@@ -186,7 +186,7 @@ def reorder(
 
     rng = np.random.default_rng(seed)
     m_step = exact_step if method == "exact" else greedy_step
-    # Exact iterations on a large array take seconds, and the last of them gain next to nothing; greedy ones cost little.
+    # Exact iterations on a large array take seconds, and the last ones gain next to nothing; greedy ones cost little.
     tolerance = max(1e-6, 1e-11 * importance.size) if method == "exact" else 1e-6
     for start in default_starts(shape, method) if starts is None else starts:
         perms, iterations = list(origin), 0
