@@ -89,7 +89,14 @@ class Net:
         return outs
 
     def conv(
-        self, x: str, channels: tuple[int, int], kernel: int = 3, bias: bool = True, group: int = 1, axes: int = 2, **attributes: Any
+        self,
+        x: str,
+        channels: tuple[int, int],
+        kernel: int = 3,
+        bias: bool = True,
+        group: int = 1,
+        axes: int = 2,
+        **attributes: Any,
     ) -> str:
         """A convolution from ``channels[0]`` to ``channels[1]`` channels that keeps the size (unless ``attributes`` say more)."""
         in_, out = channels

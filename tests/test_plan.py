@@ -136,7 +136,6 @@ class TestHostileFiles:
         [
             ("format", np.array("tetris-onnx plan 99")),
             ("layers", np.array("conv")),
-            
             ("layers", np.array(["conv", "conv"])),
             ("0.out_perm", np.array([0, 1, 2, 3, 4, 4])),
             ("0.out_perm", np.array([0.0, 1, 2, 3, 4, 5])),

@@ -91,7 +91,8 @@ def make_plan(graph: gs.Graph, config: Config, progress: Progress | None = None)
             job_of.append(None)
             continue
         axes = _free_axes(candidate, config)
-        key = id(candidate.layer.node.inputs[1]), candidate.block_size, candidate.options.sparsity, axes
+        layer, sparsity = candidate.layer, candidate.options.sparsity
+        key = id(layer.node.inputs[1]), layer.stored_transposed, candidate.block_size, sparsity, axes
         if key not in jobs:
             jobs[key] = len(tasks)
             scores = _scores(candidate.layer, config)

@@ -113,7 +113,8 @@ class TestElementwise:
 class TestBroadcast:
     @pytest.mark.parametrize("op", sorted(channels._BROADCAST - {"Where"}))
     @pytest.mark.parametrize(
-        "operand", [[2, CHANNELS, 4, 5], [CHANNELS, 1, 1], [1, CHANNELS, 1, 1], [4, 5], [], [1, 1, 1, 1], [CHANNELS, 4, 1]]
+        "operand",
+        [[2, CHANNELS, 4, 5], [CHANNELS, 1, 1], [1, CHANNELS, 1, 1], [4, 5], [], [1, 1, 1, 1], [CHANNELS, 4, 1]],
     )
     @pytest.mark.parametrize("constant", [True, False])
     def test_each(self, op: str, operand: list[int], constant: bool) -> None:
@@ -228,7 +229,9 @@ class TestPerChannel:
 class TestAxes:
     @pytest.mark.parametrize("op", sorted(channels._REDUCTIONS))
     @pytest.mark.parametrize("keepdims", [0, 1])
-    @pytest.mark.parametrize(("axes", "passes"), [([2, 3], True), ([-1], True), ([0, 3], True), ([1], False), ([-3, 2], False)])
+    @pytest.mark.parametrize(
+        ("axes", "passes"), [([2, 3], True), ([-1], True), ([0, 3], True), ([1], False), ([-3, 2], False)]
+    )
     @pytest.mark.parametrize("opset", [13, 18])
     def test_reductions(self, op: str, keepdims: int, axes: list[int], passes: bool, opset: int) -> None:
         net = Net(opset)
@@ -392,7 +395,9 @@ class TestSizes:
         net = Net(18)
         x = net.input("x", ["N", CHANNELS, "H", "W"])
         first = net.op("Slice", net.op("Shape", x), net.constant([0]), net.constant([2]))
-        last = net.op("Slice", net.op("Shape", net.input("z", [2, 3, "H2", "W2"])), net.constant([2]), net.constant([4]))
+        last = net.op(
+            "Slice", net.op("Shape", net.input("z", [2, 3, "H2", "W2"])), net.constant([2]), net.constant([4])
+        )
         net.output(net.op("Resize", x, "", "", net.op("Concat", first, last, axis=0)))
         check(net)
 

@@ -93,7 +93,9 @@ class TestWhyDense:
     def test_quantized(self) -> None:
         net = Net()
         weight = net.op(
-            "DequantizeLinear", net.constant(np.ones((4, 6), np.int8)), net.constant(np.float32(0.1)),
+            "DequantizeLinear",
+            net.constant(np.ones((4, 6), np.int8)),
+            net.constant(np.float32(0.1)),
             net.constant(np.int8(0)),
         )
         net.output(net.op("MatMul", net.input("x", [2, 4]), weight))

@@ -115,7 +115,9 @@ def test_dense_block(gathers: str) -> None:
         b = net.op("Relu", net.batchnorm(net.conv(b, (width, 12), kernel=1), 12))
         a = net.op("Concat", a, net.conv(b, (12, 4)), axis=1)
         width += 4
-    a = net.op("AveragePool", net.conv(net.op("Relu", net.batchnorm(a, width)), (width, 8), kernel=1), kernel_shape=[2, 2])
+    a = net.op(
+        "AveragePool", net.conv(net.op("Relu", net.batchnorm(a, width)), (width, 8), kernel=1), kernel_shape=[2, 2]
+    )
     net.output(net.gemm(net.op("Flatten", net.op("GlobalAveragePool", a)), (8, 5)))
     check_rewrite(net.build(), gathers=gathers, left=0 if gathers == "absorb" else None)
 
@@ -228,7 +230,9 @@ def test_transformer_block(gathers: str) -> None:
     a = net.op("Transpose", net.op("MatMul", scores, v), perm=[0, 2, 1, 3])
     a = net.op("Reshape", a, net.constant([0, 6, 16]))
     x = net.op("Add", net.op("Add", net.matmul(a, (16, 16)), net.random(16)), x)
-    h = net.op("Add", net.matmul(net.op("LayerNormalization", x, net.random(16), net.random(16)), (16, 24)), net.random(24))
+    h = net.op(
+        "Add", net.matmul(net.op("LayerNormalization", x, net.random(16), net.random(16)), (16, 24)), net.random(24)
+    )
     h = net.op("Mul", h, net.op("Sigmoid", h))
     net.output(net.op("Add", x, net.op("Add", net.matmul(h, (24, 16)), net.random(16))))
     check_rewrite(net.build(), gathers=gathers, left=0 if gathers == "absorb" else None)
@@ -240,7 +244,9 @@ def test_convolutions_over_one_to_three_axes(gathers: str, conv_axes: int) -> No
     net = Net()
     a = net.input("x", ["N", 6, *[7, 6, 5][:conv_axes]])
     a = net.op("Relu", net.conv(a, (6, 10), axes=conv_axes, auto_pad="SAME_UPPER", strides=[2] * conv_axes))
-    net.output(net.conv(a, (10, 7), kernel=3, axes=conv_axes, dilations=[2] * conv_axes, pads=[2] * 2 * conv_axes, bias=False))
+    net.output(
+        net.conv(a, (10, 7), kernel=3, axes=conv_axes, dilations=[2] * conv_axes, pads=[2] * 2 * conv_axes, bias=False)
+    )
     check_rewrite(net.build(), gathers=gathers, left=0 if gathers == "absorb" else None)
 
 

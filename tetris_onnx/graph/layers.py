@@ -70,13 +70,13 @@ class Layer:
         if self.block_sparse:
             return tuple(self.node.attrs["weight_shape"])
         shape = tuple(self.node.inputs[1].shape)
-        return shape[::-1] if self._stored_transposed else shape
+        return shape[::-1] if self.stored_transposed else shape
 
     @property
     def weight(self) -> NDArray:
         """The weight of a dense layer as ``[out, in, *kernel]``."""
         values = cast(NDArray, self.node.inputs[1].values)
-        return values.T if self._stored_transposed else values
+        return values.T if self.stored_transposed else values
 
     @property
     def bias(self) -> NDArray | None:
@@ -96,12 +96,13 @@ class Layer:
         return int(np.prod(shape[1:], dtype=np.int64)) * per_output
 
     @property
-    def _stored_transposed(self) -> bool:
+    def stored_transposed(self) -> bool:
+        """Whether the node stores its weight as ``[in, out]``."""
         return self.node.op == "MatMul" or (self.node.op == "Gemm" and not self.node.attrs.get("transB", 0))
 
     def stored(self, weight: NDArray) -> NDArray:
         """``weight`` [out, in, *kernel] in the form that the node stores."""
-        return np.ascontiguousarray(weight.T if self._stored_transposed else weight)
+        return np.ascontiguousarray(weight.T if self.stored_transposed else weight)
 
 
 def find_layers(graph: gs.Graph) -> list[Layer]:
