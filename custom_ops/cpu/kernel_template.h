@@ -5,7 +5,7 @@
 //   load, store, zero, set1, fma(a, b, c) = a * b + c, max, min (both return the second argument if one is NaN),
 //   expand(bits) -> Mask, load_masked(p, mask) (touches no masked-out float, gives 0 there),
 //   mask_input(x, mask) and fma_masked(w, x, acc, mask): together acc + w * x in the lanes of the mask, acc elsewhere
-//   (an instruction set masks either the input, once per load, or the multiplication itself),
+//   (an instruction set masks either the input, once per load, or, with kMasksMultiplication, the multiplication),
 //   copy_rows(to, from, copy): see RowCopy; kTailPixels and, if it is not 0, RowVec, a vector of kConvRows lanes, with
 //   row_load, row_store, row_zero, row_add, row_fma(a, b, c) = a * b + c for a number a.
 // Everything is in an unnamed namespace and no standard library template is used: see kernels.h.
@@ -42,6 +42,26 @@ TETRIS_INLINE typename V::Vec clip(typename V::Vec v, typename V::Vec low, typen
   return V::min(high, V::max(low, v));
 }
 
+// One tap of one channel: acc[r][v] += w[r] * row[v], in the lanes of the masks.
+template <bool Masked, int Rows, int Vectors>
+TETRIS_INLINE void add_tap(typename V::Vec (&acc)[Rows][Vectors], const float* row, const float* w,
+                           const typename V::Mask (&mask)[Vectors]) {
+  typename V::Vec in[Vectors];
+  TETRIS_UNROLL
+  for (int v = 0; v < Vectors; ++v) {
+    in[v] = V::load(row + v * V::kLanes);
+    if constexpr (Masked) in[v] = V::mask_input(in[v], mask[v]);
+  }
+  TETRIS_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    const typename V::Vec weight = V::set1(w[r]);
+    TETRIS_UNROLL
+    for (int v = 0; v < Vectors; ++v) {
+      acc[r][v] = Masked ? V::fma_masked(weight, in[v], acc[r][v], mask[v]) : V::fma(weight, in[v], acc[r][v]);
+    }
+  }
+}
+
 template <int Rows, int Vectors, TapMode Mode>
 void conv_tile_impl(const ConvTile& tile) {
   using Vec = typename V::Vec;
@@ -52,12 +72,14 @@ void conv_tile_impl(const ConvTile& tile) {
     TETRIS_UNROLL
     for (int v = 0; v < Vectors; ++v) acc[r][v] = V::set1(tile.bias[r]);
   }
-  typename V::Mask side[2][Vectors];
+  // Of the taps left of, on and right of the pixel.
+  typename V::Mask side[3][Vectors];
   if constexpr (Mode == TapMode::kSideMasked) {
     TETRIS_UNROLL
     for (int v = 0; v < Vectors; ++v) {
       side[0][v] = V::expand(tile.masks[v]);
-      side[1][v] = V::expand(tile.masks[Vectors + v]);
+      side[1][v] = V::expand(~0U);
+      side[2][v] = V::expand(tile.masks[Vectors + v]);
     }
   }
   const float* w = tile.weight;
@@ -74,48 +96,39 @@ void conv_tile_impl(const ConvTile& tile) {
         const float* row = x + tap_offset[t];
         TETRIS_UNROLL
         for (int b = 0; b < kRowBytes; b += 64) TETRIS_PREFETCH_L1(next + tap_offset[t] + b / 4);
-        TETRIS_UNROLL
-        for (int k = 0; k < 3; ++k) {
-          Vec in[Vectors];
-          TETRIS_UNROLL
-          for (int v = 0; v < Vectors; ++v) {
-            in[v] = V::load(row + k + v * V::kLanes);
-            if (k != 1) in[v] = V::mask_input(in[v], side[k / 2][v]);
-          }
-          if (k != 1) TETRIS_PREFETCH_L2(w + kConvPrefetch);
-          TETRIS_UNROLL
-          for (int r = 0; r < Rows; ++r) {
-            const Vec weight = V::set1(w[r]);
-            TETRIS_UNROLL
-            for (int v = 0; v < Vectors; ++v) {
-              acc[r][v] = k == 1 ? V::fma(weight, in[v], acc[r][v])
-                                 : V::fma_masked(weight, in[v], acc[r][v], side[k / 2][v]);
-            }
-          }
-          w += Rows;
+        TETRIS_PREFETCH_L2(w + kConvPrefetch);
+        TETRIS_PREFETCH_L2(w + kConvPrefetch + 16);
+        if constexpr (V::kMasksMultiplication) {
+          add_tap<true>(acc, row, w, side[0]);
+          add_tap<false>(acc, row + 1, w + Rows, side[1]);
+          add_tap<true>(acc, row + 2, w + 2 * Rows, side[2]);
+          w += 3 * Rows;
+        } else {
+          // One body for the three taps: three would not fit into 16 registers.
+          TETRIS_NO_UNROLL
+          for (int k = 0; k < 3; ++k, w += Rows) add_tap<true>(acc, row + k, w, side[k]);
         }
       }
     } else {
       TETRIS_NO_UNROLL
-      for (int64_t t = 0; t < taps; ++t) {
+      for (int64_t t = 0; t < taps; ++t, w += Rows) {
         const float* row = x + tap_offset[t];
-        Vec in[Vectors];
-        TETRIS_UNROLL
-        for (int v = 0; v < Vectors; ++v) {
-          if constexpr (Mode == TapMode::kEveryMasked) {
+        TETRIS_PREFETCH_L2(w + kConvPrefetch);
+        if constexpr (Mode == TapMode::kPlain) {
+          add_tap<false>(acc, row, w, side[0]);
+        } else {
+          Vec in[Vectors];
+          TETRIS_UNROLL
+          for (int v = 0; v < Vectors; ++v) {
             in[v] = V::load_masked(row + v * V::kLanes, V::expand(tile.masks[t * Vectors + v]));
-          } else {
-            in[v] = V::load(row + v * V::kLanes);
+          }
+          TETRIS_UNROLL
+          for (int r = 0; r < Rows; ++r) {
+            const Vec weight = V::set1(w[r]);
+            TETRIS_UNROLL
+            for (int v = 0; v < Vectors; ++v) acc[r][v] = V::fma(weight, in[v], acc[r][v]);
           }
         }
-        TETRIS_PREFETCH_L2(w + kConvPrefetch);
-        TETRIS_UNROLL
-        for (int r = 0; r < Rows; ++r) {
-          const Vec weight = V::set1(w[r]);
-          TETRIS_UNROLL
-          for (int v = 0; v < Vectors; ++v) acc[r][v] = V::fma(weight, in[v], acc[r][v]);
-        }
-        w += Rows;
       }
     }
   }

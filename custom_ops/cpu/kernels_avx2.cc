@@ -11,7 +11,8 @@ void copy_row_end(float* to, const float* from, const RowCopy& copy, int64_t i);
 struct V {
   using Vec = __m256;
   using Mask = __m256i;
-  static constexpr int kLanes = 8, kConvRows = 4, kConvVectors = 3, kTailPixels = 2, kGemmSamples = 3, kGemmVectors = 4;
+  static constexpr int kLanes = 8, kConvRows = 4, kConvVectors = 3, kTailPixels = 2, kGemmSamples = 6, kGemmVectors = 2;
+  static constexpr bool kMasksMultiplication = false;
   static Vec zero() { return _mm256_setzero_ps(); }
   static Vec set1(float a) { return _mm256_set1_ps(a); }
   static Vec load(const float* p) { return _mm256_loadu_ps(p); }

@@ -18,6 +18,7 @@ struct V {
   using Vec = __m512;
   using Mask = __mmask16;
   static constexpr int kLanes = 16, kConvRows = 8, kConvVectors = 3, kTailPixels = 4, kGemmSamples = 12, kGemmVectors = 2;
+  static constexpr bool kMasksMultiplication = true;
   static Vec zero() { return _mm512_setzero_ps(); }
   static Vec set1(float a) { return _mm512_set1_ps(a); }
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }

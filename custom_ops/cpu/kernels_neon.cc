@@ -12,6 +12,7 @@ struct V {
   using Vec = float32x4_t;
   using Mask = uint32x4_t;
   static constexpr int kLanes = 4, kConvRows = 8, kConvVectors = 3, kTailPixels = 0, kGemmSamples = 6, kGemmVectors = 4;
+  static constexpr bool kMasksMultiplication = false;
   static Vec zero() { return vdupq_n_f32(0.0F); }
   static Vec set1(float a) { return vdupq_n_f32(a); }
   static Vec load(const float* p) { return vld1q_f32(p); }

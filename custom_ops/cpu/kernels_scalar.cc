@@ -10,6 +10,7 @@ struct V {
   using Vec = float;
   using Mask = bool;
   static constexpr int kLanes = 1, kConvRows = 4, kConvVectors = 3, kTailPixels = 0, kGemmSamples = 3, kGemmVectors = 4;
+  static constexpr bool kMasksMultiplication = false;
   static Vec zero() { return 0.0F; }
   static Vec set1(float a) { return a; }
   static Vec load(const float* p) { return *p; }
