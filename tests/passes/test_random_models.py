@@ -142,6 +142,8 @@ def models(draw: st.DrawFn) -> onnx.ModelProto:
             add(net.op("Concat", v.name, v.name, axis=2), v.channels, 2 * v.shape[1], *v.shape[2:])
 
     def split(v: Value) -> None:
+        if v.channels < 2:
+            return
         first_part = draw(st.integers(1, v.channels - 1))
         parts = net.ops("Split", [v.name, net.constant([first_part, v.channels - first_part])], 2, axis=1)
         add(parts[0], first_part, *v.shape[1:])

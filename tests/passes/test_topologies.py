@@ -1,4 +1,4 @@
-"""All passes together on the topologies of real networks: right values, and no Gather left (or exactly those expected)."""
+"""All passes together on the topologies of real networks: right values, and the expected number of Gathers."""
 
 from __future__ import annotations
 

@@ -103,9 +103,11 @@ class _Relation:
 
 def gather_permutation(node: gs.Node) -> NDArray[np.int64] | None:
     """The permutation of a Gather that only reorders its axis, else None."""
-    if node.op != "Gather" or not _is_standard(node) or not isinstance(node.inputs[1], gs.Constant):
+    if node.op != "Gather" or not _is_standard(node) or len(node.inputs) != 2:
         return None
     data, indices = node.inputs
+    if not isinstance(indices, gs.Constant):
+        return None
     axis = node.attrs.get("axis", 0)
     if data.shape is None or len(indices.shape) != 1 or data.shape[axis] != indices.shape[0]:
         return None
