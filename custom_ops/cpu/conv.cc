@@ -122,8 +122,9 @@ ConvKernel::~ConvKernel() = default;
 // Where everything lies for one input size. The kernel reads its input either in place (`direct`) or from a panel:
 // a copy, for a strip of output rows, in which each tap of each output pixel p lies at a constant distance from p:
 //   panel[channel][phase][inner tap][row][inner output pixel],
-// with a phase for each remainder of the outer position modulo the outer stride. For a kernel three wide that keeps the
-// width, the inner taps need no copies of their own: a shift by one pixel, with the sides masked, gives the same.
+// with a phase for each remainder of the outer position modulo the outer stride. For a kernel three wide, padded by one,
+// not every inner tap needs a plane of its own: a shift by one pixel, with the sides masked, gives the same. One plane is
+// enough for stride 1, two (of the even and the odd columns) for stride 2.
 struct ConvKernel::Plan {
   struct Tile {
     int64_t source, pixel;  // offsets into the source's channel and the output's
@@ -196,9 +197,10 @@ std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& inp
   const bool pointwise = taps_ == 1 && a.strides == Spatial{1, 1, 1} && a.pads_begin == Spatial{0, 0, 0} &&
                          a.pads_end == Spatial{0, 0, 0};
   plan.side_masked = a.kernel[1] == 1 && a.strides[1] == 1 && a.pads_begin[1] == 0 && a.pads_end[1] == 0 &&
-                     input[1] == 1 && a.kernel[2] == 3 && a.strides[2] == 1 && a.dilations[2] == 1 &&
-                     a.pads_begin[2] == 1 && a.pads_end[2] == 1;
-  plan.direct = pointwise || (plan.side_masked && a.strides[0] == 1 && plan.output_plane > kPanelPixels);
+                     input[1] == 1 && a.kernel[2] == 3 && a.dilations[2] == 1 && a.pads_begin[2] == 1 &&
+                     ((a.strides[2] == 1 && a.pads_end[2] == 1) || a.strides[2] == 2);
+  plan.direct = pointwise || (plan.side_masked && a.strides[0] == 1 && a.strides[2] == 1 &&
+                              plan.output_plane > kPanelPixels);
   const int64_t width = plan.output[2];
   const int64_t inner = plan.output[1] * width;
   const int64_t lanes = kernels_.lanes;
@@ -250,9 +252,10 @@ std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& inp
       add_strip(0, 0, begin, end - begin);
     }
   } else {
-    for (int64_t i = 0; i < (plan.side_masked ? 1 : a.kernel[1] * a.kernel[2]); ++i) {
+    const int64_t planes = plan.side_masked ? a.strides[2] : a.kernel[1] * a.kernel[2];
+    for (int64_t i = 0; i < planes; ++i) {
       const int64_t middle = plan.side_masked ? 0 : i / a.kernel[2] * a.dilations[1] - a.pads_begin[1];
-      const int64_t column = plan.side_masked ? 0 : i % a.kernel[2] * a.dilations[2] - a.pads_begin[2];
+      const int64_t column = plan.side_masked ? i : i % a.kernel[2] * a.dilations[2] - a.pads_begin[2];
       plan.inner_taps.push_back({view(middle, a.strides[1], plan.output[1], input[1]),
                                  view(column, a.strides[2], width, input[2])});
     }
@@ -300,8 +303,10 @@ std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& inp
                                       [&](const Plan::Phase& p) { return p.remainder == remainder; });
       const int64_t inner_kernel = a.kernel[1] * a.kernel[2];
       for (int64_t i = 0; i < inner_kernel; ++i) {
-        const int64_t start = phase->offset + extra * inner;
-        plan.tap_offset.push_back(plan.side_masked ? start + i - 1 : start + i * phase->rows * inner);
+        // Side-masked taps see columns -1, 0 and 1 of each pixel: with stride 2, planes 1 (of the pixel before), 0, 1.
+        const int64_t plane = !plan.side_masked ? i : a.strides[2] == 1 ? 0 : i != 1;
+        const int64_t shift = !plan.side_masked ? 0 : a.strides[2] == 1 ? i - 1 : i == 0 ? -1 : 0;
+        plan.tap_offset.push_back(phase->offset + (extra + plane * phase->rows) * inner + shift);
       }
     }
     for (const int64_t c : channel_) {
@@ -327,7 +332,7 @@ std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& inp
       const uint32_t bit = 1U << (p % lanes);
       if (plan.side_masked) {
         if (column > 0) side[v] |= bit;
-        if (column + 1 < width) side[vectors + v] |= bit;
+        if (column + 1 < width || a.strides[2] == 2) side[vectors + v] |= bit;
       }
       for (int64_t t = 0; plan.direct && t < taps_; ++t) {
         const int64_t in_row = row + t / a.kernel[2] * a.dilations[0] - a.pads_begin[0];
@@ -423,6 +428,7 @@ struct ConvKernel::Work {
       call.last_lanes = tile.last_lanes;
       call.mode = tile.mode;
       call.masks = plan.masks.data() + tile.masks;
+      call.distant_taps = static_cast<int>(kernel.attributes_.strides[2]);
       for (size_t g = block_row.group_begin; g < block_row.group_end; ++g) {
         const RowGroup& group = kernel.groups_[g];
         call.weight = kernel.weight_.data() + group.weight;
@@ -444,7 +450,7 @@ struct ConvKernel::Work {
     const int64_t inner_input = plan.input[1] * plan.input[2];
     const int64_t stride = a.strides[0];
     // Rows that are copied as they are need no loop over rows.
-    const bool as_is = plan.side_masked || (inner == inner_input && a.kernel[1] == 1 && a.kernel[2] == 1 &&
+    const bool as_is = (plan.side_masked && a.strides[2] == 1) || (inner == inner_input && a.kernel[1] == 1 && a.kernel[2] == 1 &&
                                             a.strides[1] == 1 && a.strides[2] == 1 && a.pads_begin[1] == 0 &&
                                             a.pads_begin[2] == 0);
     const Plan::Tile& last = plan.tiles[strip.tile_end - 1];
@@ -452,7 +458,7 @@ struct ConvKernel::Work {
     bool left_side[kMostTailPixels] = {}, right_side[kMostTailPixels] = {};
     for (int64_t p = 0; packed_tail && p < last.last_lanes; ++p) {
       left_side[p] = (last.pixel + p) % width == 0;
-      right_side[p] = (last.pixel + p + 1) % width == 0;
+      right_side[p] = (last.pixel + p + 1) % width == 0 && a.strides[2] == 1;
     }
     for (int64_t u = begin; u < end; ++u) {
       const int64_t channel = image * kernel.inputs_ + kernel.used_[static_cast<size_t>(u)];
@@ -494,11 +500,12 @@ struct ConvKernel::Work {
       if (packed_tail) {
         float* tail = panel + kPanelSlack + plan.tail_begin + u * kernel.taps_ * plan.tail_width;
         for (int64_t t = 0; t < kernel.taps_; t += 3) {
-          const float* row = to + plan.tap_offset[static_cast<size_t>(t)] + last.source;
+          const int64_t* offset = plan.tap_offset.data() + t;
+          const float* from_pixel = to + last.source;
           for (int64_t p = 0; p < last.last_lanes; ++p) {
-            tail[t * plan.tail_width + p] = left_side[p] ? 0.0F : row[p];
-            tail[(t + 1) * plan.tail_width + p] = row[p + 1];
-            tail[(t + 2) * plan.tail_width + p] = right_side[p] ? 0.0F : row[p + 2];
+            tail[t * plan.tail_width + p] = left_side[p] ? 0.0F : from_pixel[offset[0] + p];
+            tail[(t + 1) * plan.tail_width + p] = from_pixel[offset[1] + p];
+            tail[(t + 2) * plan.tail_width + p] = right_side[p] ? 0.0F : from_pixel[offset[2] + p];
           }
         }
       }

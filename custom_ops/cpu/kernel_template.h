@@ -93,20 +93,22 @@ void conv_tile_impl(const ConvTile& tile) {
       const float* next = tile.x + tile.channel_offset[i + 1 < tile.channels ? i + 1 : i];
       TETRIS_NO_UNROLL
       for (int64_t t = 0; t < taps; t += 3) {
-        const float* row = x + tap_offset[t];
-        TETRIS_UNROLL
-        for (int b = 0; b < kRowBytes; b += 64) TETRIS_PREFETCH_L1(next + tap_offset[t] + b / 4);
+        TETRIS_NO_UNROLL
+        for (int k = 0; k < tile.distant_taps; ++k) {
+          TETRIS_UNROLL
+          for (int b = 0; b < kRowBytes; b += 64) TETRIS_PREFETCH_L1(next + tap_offset[t + k] + b / 4);
+        }
         TETRIS_PREFETCH_L2(w + kConvPrefetch);
         TETRIS_PREFETCH_L2(w + kConvPrefetch + 16);
         if constexpr (V::kMasksMultiplication) {
-          add_tap<true>(acc, row, w, side[0]);
-          add_tap<false>(acc, row + 1, w + Rows, side[1]);
-          add_tap<true>(acc, row + 2, w + 2 * Rows, side[2]);
+          add_tap<true>(acc, x + tap_offset[t], w, side[0]);
+          add_tap<false>(acc, x + tap_offset[t + 1], w + Rows, side[1]);
+          add_tap<true>(acc, x + tap_offset[t + 2], w + 2 * Rows, side[2]);
           w += 3 * Rows;
         } else {
           // One body for the three taps: three would not fit into 16 registers.
           TETRIS_NO_UNROLL
-          for (int k = 0; k < 3; ++k, w += Rows) add_tap<true>(acc, row + k, w, side[k]);
+          for (int k = 0; k < 3; ++k, w += Rows) add_tap<true>(acc, x + tap_offset[t + k], w, side[k]);
         }
       }
     } else {

@@ -11,7 +11,7 @@ namespace tetris {
 // How a convolution tile reads its taps.
 enum class TapMode : int {
   kPlain,        // every load lies inside the source
-  kSideMasked,   // rows of three adjacent taps; the first and the last ignore the lanes beyond the sides of the map
+  kSideMasked,   // taps in threes; the first and the last of three ignore the lanes beyond the sides of the map
   kEveryMasked,  // each load has a mask of its own: edges of the map, ends of the buffer
   kTail,         // fewer pixels than a vector is worth: vectors run over the output channels instead
 };
@@ -35,6 +35,7 @@ struct ConvTile {
   int rows;                   // 1, 2, 4 or 8, at most KernelSet::conv_rows
   int vectors;                // 1 to KernelSet::conv_vectors
   TapMode mode;
+  int distant_taps;  // kSideMasked: how many of the three lie in cache lines of their own
   float low, high;
 };
 
