@@ -98,7 +98,7 @@ class Net:
         axes: int = 2,
         **attributes: Any,
     ) -> str:
-        """A convolution from ``channels[0]`` to ``channels[1]`` channels that keeps the size (unless ``attributes`` say more)."""
+        """A convolution from ``channels[0]`` to ``channels[1]`` channels; without ``attributes`` it keeps the size."""
         in_, out = channels
         weight = self.weight(out, in_ // group, *[kernel] * axes)
         attributes.setdefault("pads", [kernel // 2] * 2 * axes)

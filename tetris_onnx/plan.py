@@ -47,7 +47,9 @@ class LayerPlan:
             if perm.dtype != np.int64 or perm.size == 0 or not is_permutation(perm):
                 raise PlanError(f"layer {self.layer!r}: {name} is no permutation")
         sizes = self.block_size
-        if len(sizes) != 2 or not all(isinstance(b, int) and 1 <= b <= n for n, b in zip(self.shape, sizes, strict=True)):
+        if len(sizes) != 2 or not all(
+            isinstance(b, int) and 1 <= b <= n for n, b in zip(self.shape, sizes, strict=True)
+        ):
             raise PlanError(f"layer {self.layer!r}: block size {sizes} is not two numbers from 1 to {self.shape}")
         grid = tuple(-(-n // b) for n, b in zip(self.shape, self.block_size, strict=True))
         if self.keep.dtype != np.bool_ or self.keep.shape != grid:

@@ -23,7 +23,7 @@ def after(model: onnx.ModelProto, plan: Plan, *names: str) -> onnx.ModelProto:
 
 
 def test_a_mask_by_hand() -> None:
-    """Reordered rows are 2, 0, 1 and columns 1, 0; the block of the first two of the rows and the first column stays."""
+    """The reordered rows are 2, 0, 1, the columns 1, 0: the block of rows 2, 0 and column 1 stays."""
     plan = LayerPlan("y", np.array([2, 0, 1]), np.array([1, 0]), (2, 1), np.array([[True, False], [False, False]]))
     assert weight_mask(plan).tolist() == [[False, True], [False, False], [False, True]]
 
@@ -53,9 +53,7 @@ def test_pruning_zeroes_the_dropped_blocks_and_nothing_else(kind: str) -> None:
     (decision,) = plan
     (before,) = find_layers(io.to_graph(model))
     (pruned,) = find_layers(io.to_graph(after(model, plan, "prune")))
-    mask = np.broadcast_to(
-        weight_mask(decision).reshape(10, 7, *[1] * (before.weight.ndim - 2)), before.weight.shape
-    )
+    mask = np.broadcast_to(weight_mask(decision).reshape(10, 7, *[1] * (before.weight.ndim - 2)), before.weight.shape)
     np.testing.assert_array_equal(pruned.weight[mask], before.weight[mask])
     assert not pruned.weight[~mask].any() and 0 < mask.mean() < 1
     assert (pruned.weight != 0).mean() == pytest.approx(decision.density)
@@ -122,9 +120,7 @@ def test_equal_plans_of_different_weights_share_nothing() -> None:
     model = net.build()
     (first, *_) = random_plan(model)
     plan = Plan(
-        tuple(
-            LayerPlan(f"conv{i}", first.out_perm, first.in_perm, first.block_size, first.keep) for i in range(1, 31)
-        )
+        tuple(LayerPlan(f"conv{i}", first.out_perm, first.in_perm, first.block_size, first.keep) for i in range(1, 31))
     )
     mask = weight_mask(first).reshape(8, 8, 1, 1)
     before, result = weights_of(model), after(model, plan, "prune")

@@ -77,9 +77,7 @@ def _lower(layer: Layer, plan: LayerPlan, pool: ConstantPool) -> None:
         pool(f"{name}/input_perm", identity(in_)),
         pool(f"{name}/output_perm", identity(out)),
     ]
-    if bias is None and not layer.is_conv:  # MatMul has no optional bias that the fallback function could pass on
-        bias = np.zeros(out, np.float32)
-    if bias is not None:
-        inputs.append(pool(f"{name}/bias_reordered", bias))
+    # Not every runtime can call a function without its last input (onnx.reference): no bias is one of zeros.
+    inputs.append(pool(f"{name}/bias_reordered", np.zeros(out, np.float32) if bias is None else bias))
     node.op, node.domain, node.attrs = (CONV if layer.is_conv else GEMM), DOMAIN, attributes
     node.inputs = inputs
