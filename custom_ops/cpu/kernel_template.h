@@ -23,12 +23,14 @@
 #define TETRIS_INLINE inline __attribute__((always_inline))
 #define TETRIS_PREFETCH_L2(p) __builtin_prefetch((p), 0, 2)
 #define TETRIS_PREFETCH_L1(p) __builtin_prefetch((p), 0, 3)
+#define TETRIS_PREFETCH_STORE(p) __builtin_prefetch((p), 1, 3)
 #else
 #define TETRIS_UNROLL
 #define TETRIS_NO_UNROLL
 #define TETRIS_INLINE inline
 #define TETRIS_PREFETCH_L2(p) ((void)0)
 #define TETRIS_PREFETCH_L1(p) ((void)0)
+#define TETRIS_PREFETCH_STORE(p) ((void)0)
 #endif
 
 namespace tetris {
@@ -75,6 +77,12 @@ void conv_tile_impl(const ConvTile& tile) {
   // Of the taps left of, on and right of the pixel.
   typename V::Mask side[3][Vectors];
   if constexpr (Mode == TapMode::kSideMasked) {
+    // The lines that the tile will be stored to; a shorter reduction would wait for them more than it gains.
+    TETRIS_NO_UNROLL
+    for (int r = 0; r < tile.valid_rows; ++r) {
+      TETRIS_UNROLL
+      for (int b = 0; b < kRowBytes; b += 64) TETRIS_PREFETCH_STORE(tile.y + tile.row_offset[r] + b / 4);
+    }
     TETRIS_UNROLL
     for (int v = 0; v < Vectors; ++v) {
       side[0][v] = V::expand(tile.masks[v]);
@@ -104,12 +112,12 @@ void conv_tile_impl(const ConvTile& tile) {
           add_tap<true>(acc, x + tap_offset[t], w, side[0]);
           add_tap<false>(acc, x + tap_offset[t + 1], w + Rows, side[1]);
           add_tap<true>(acc, x + tap_offset[t + 2], w + 2 * Rows, side[2]);
-          w += 3 * Rows;
         } else {
           // One body for the three taps: three would not fit into 16 registers.
           TETRIS_NO_UNROLL
-          for (int k = 0; k < 3; ++k, w += Rows) add_tap<true>(acc, x + tap_offset[t + k], w, side[k]);
+          for (int k = 0; k < 3; ++k) add_tap<true>(acc, x + tap_offset[t + k], w + k * Rows, side[k]);
         }
+        w += 3 * Rows;
       }
     } else {
       TETRIS_NO_UNROLL
