@@ -171,7 +171,7 @@ class TestBroadcast:
 
     def test_one_channel_that_is_spread_over_many(self) -> None:
         net = Net()
-        net.output(net.op("Add", net.input("x", [2, 1, 4, 4]), net.input("y", SHAPE[:2] + [4, 4])))
+        net.output(net.op("Add", net.input("x", [2, 1, 4, 4]), net.input("y", [*SHAPE[:2], 4, 4])))
         assert any("not known" in barrier for barrier in region_of(net.build(), "x", ChannelAxis(1, 1)).barriers)
 
 

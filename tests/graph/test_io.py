@@ -116,7 +116,7 @@ class TestSave:
         assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
 
     def test_a_full_disk_is_told_in_one_line(self, tmp_path: Path) -> None:
-        with pytest.raises(ModelError, match="cannot write .*m.onnx"), io.write_atomically(tmp_path / "m.onnx"):
+        with pytest.raises(ModelError, match=r"cannot write .*m\.onnx"), io.write_atomically(tmp_path / "m.onnx"):
             raise OSError(28, "No space left on device")
         assert list(tmp_path.iterdir()) == []
 
@@ -291,7 +291,7 @@ class TestOpset:
         net = Net(9)
         net.output(net.op("Magic", net.input("x", [2, 2]), domain="com.example", out="y"))
         net.nodes.append(helper.make_node("NoSuchOperator", ["x"], ["z"]))
-        with pytest.raises(ModelError, match="opset 9 .*export it again") as error:
+        with pytest.raises(ModelError, match=r"opset 9 .*export it again") as error:
             io.raise_opset(net.build())
         assert "\n" not in str(error.value)
 
