@@ -1,9 +1,9 @@
 """The activations of a network before and after pruning, layer by layer, for any number of samples.
 
-Two versions of a model run side by side in onnxruntime: the dense one, and the one whose layers are replaced as they are
-pruned. `Activations.advance` runs both as far as the next layer needs and no further: each node runs once per version (once
-in all where no pruned layer comes before it), and only values that later nodes still read are kept. They live in files
-where they would take more memory than allowed.
+Two versions of a model run side by side in onnxruntime: the dense one, and the one whose layers are replaced as they
+are pruned. `Activations.advance` runs both as far as the next layer needs and no further: each node runs once per
+version (once in all where no pruned layer comes before it), and only values that later nodes still read are kept.
+They live in files where they would take more memory than allowed.
 """
 
 from __future__ import annotations
@@ -150,8 +150,10 @@ class Activations:
         if any(reader not in self._done[version] for reader in readers):
             return True
         # An untouched value serves the pruned network too.
-        return version == 0 and not self._is_tainted(name) and any(
-            reader in self._tainted and reader not in self._done[1] for reader in readers
+        return (
+            version == 0
+            and not self._is_tainted(name)
+            and any(reader in self._tainted and reader not in self._done[1] for reader in readers)
         )
 
     def _forget(self, targets: Iterable[str]) -> None:
@@ -165,7 +167,9 @@ class Activations:
         nodes: list[onnx.NodeProto] = []
         constants: dict[str, onnx.TensorProto] = {}
         for index in order:
-            own, extra = self._replaced.get(index, ([self._nodes[index]], [])) if version else ([self._nodes[index]], [])
+            own, extra = (
+                self._replaced.get(index, ([self._nodes[index]], [])) if version else ([self._nodes[index]], [])
+            )
             nodes += own
             constants |= {t.name: t for t in extra}
             for node in own:
@@ -212,7 +216,9 @@ def _reads(node: onnx.NodeProto) -> list[str]:
     names = [name for name in node.input if name]
     for attribute in node.attribute:
         for graph in (attribute.g, *attribute.graphs):
-            own = {o for inner in graph.node for o in inner.output} | {v.name for v in (*graph.input, *graph.initializer)}
+            own = {o for inner in graph.node for o in inner.output} | {
+                v.name for v in (*graph.input, *graph.initializer)
+            }
             names += [name for inner in graph.node for name in _reads(inner) if name not in own]
             names += [v.name for v in graph.output if v.name not in own]
     return names

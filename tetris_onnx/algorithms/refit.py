@@ -1,195 +1,182 @@
 """Recover a pruned layer's output without training: least squares on what the layer sees.
 
 A layer computes ``y = W u + b`` from features ``u`` (its input channels, times the kernel's taps). After pruning, the
-kept weights can be fitted to the outputs of the dense layer on a few hundred samples, even though the layers before it
-have been pruned and its own inputs have changed. With means removed, per sample
+kept weights can be fitted to the outputs of the dense layer on samples, even though the layers before it have been
+pruned and its own inputs have changed. With means removed,
 
     H = mean(u u^T) + lam I,    G = mean(y u^T) + lam W,    lam = damping * mean(diag(mean(u u^T)))
 
-the best weights on a support ``s`` are ``W_s = G_s inv(H_ss)`` (ridge regression towards the dense weights), with the
-error ``mean(y^2) - G_s inv(H_ss) G_s^T``. All rows of one block row share a support, so one factorization serves them.
+the best weights on a support ``s`` are ``W_s = G_s inv(H_ss)`` (ridge regression towards the dense weights W), which
+lowers the squared error by ``G_s inv(H_ss) G_s^T``. All rows of one block row share a support: one factorization
+serves them.
 
-Which blocks to drop follows from the same matrices (optimal brain surgeon, Hassibi & Stork 1993): dropping the
+Which features to drop follows from the same matrices (optimal brain surgeon, Hassibi & Stork 1993): dropping the
 features ``J`` from a support and refitting the rest costs exactly
 
-    w_J inv(inv(H)_JJ) w_J^T        per row w of the weights fitted so far.
+    w_J inv(inv(H_ss)_JJ) w_J^T        per row w of the weights fitted to s.
 
-`eliminate_blocks` drops the cheapest block, refits, and repeats.
+Before a ReLU, outputs below zero are all the same: `LayerSamples.refit` can fit to the best of the equivalent targets.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
-Damping = float
-DAMPING = 1e-2
+# To choose blocks with. The weights are fitted with the best of several (see `best_damping`).
+DAMPING = 0.1
+_DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+_HELD_OUT = 4  # one in so many samples
+_CLIP_ITERATIONS = 4
 
 
-@dataclass(frozen=True, eq=False)
-class LayerMoments:
-    """What the least squares of one layer needs. Features are ordered (channel, tap): ``d = channels * taps``."""
+class LayerSamples:
+    """One layer's least-squares problem, from samples ``u`` [n, features] and dense outputs ``y`` [n, out].
 
-    hessian: NDArray  # [d, d], damped
-    cross: NDArray  # [out, d], damped
-    mean_in: NDArray  # [d]
-    mean_out: NDArray  # [out]
-    power_out: NDArray  # [out], mean of (y - mean_out)^2
-
-
-def moments(features: NDArray, outputs: NDArray, weight: NDArray, damping: Damping = DAMPING) -> LayerMoments:
-    """Moments of samples ``features`` [n, d] and dense ``outputs`` [n, out], for a dense weight [out, d]."""
-    total = MomentSums(features.shape[1], outputs.shape[1])
-    total.add(features, outputs)
-    return total.finish(weight, damping)
-
-
-class MomentSums:
-    """Running sums of products, so that any number of samples fits in memory."""
-
-    def __init__(self, features: int, outputs: int) -> None:
-        self._count = 0
-        self._uu = np.zeros((features, features), np.float64)
-        self._yu = np.zeros((outputs, features), np.float64)
-        self._u = np.zeros(features)
-        self._y = np.zeros(outputs)
-        self._yy = np.zeros(outputs)
-
-    def add(self, features: NDArray, outputs: NDArray) -> None:
-        """Add samples [n, d] and [n, out]."""
-        self._count += len(features)
-        # Products in the samples' own float32, sums over the chunks in float64.
-        self._uu += features.T @ features
-        self._yu += outputs.T @ features
-        self._u += features.sum(0, dtype=np.float64)
-        self._y += outputs.sum(0, dtype=np.float64)
-        self._yy += np.einsum("no,no->o", outputs, outputs, dtype=np.float64)
-
-    def finish(self, weight: NDArray, damping: Damping = DAMPING) -> LayerMoments:
-        """The moments of all samples, for the dense weight [out, d]."""
-        n = max(self._count, 1)
-        mean_in, mean_out = self._u / n, self._y / n
-        hessian = self._uu / n - np.outer(mean_in, mean_in)
-        cross = self._yu / n - np.outer(mean_out, mean_in)
-        # A feature that never changes (a dead channel) has a zero row: the damping keeps the matrix invertible.
-        lam = damping * max(float(np.trace(hessian)) / len(hessian), np.finfo(np.float32).tiny)
-        hessian[np.diag_indices_from(hessian)] += lam
-        cross += lam * weight
-        return LayerMoments(hessian, cross, mean_in, mean_out, np.maximum(self._yy / n - mean_out**2, 0))
-
-
-def saliency(m: LayerMoments) -> NDArray:
-    """What dropping each single weight [out, d] costs after the rest is refitted."""
-    inverse = _inverse(m.hessian)
-    return (m.cross @ inverse) ** 2 / np.diag(inverse)
-
-
-def eliminate_blocks(
-    m: LayerMoments, rows: NDArray[np.int64], blocks: list[NDArray[np.int64]], inverse: NDArray
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Drop the blocks of features of one block row, cheapest first, refitting after each.
-
-    ``rows``: the outputs of the block row; ``blocks``: the features of each block; ``inverse``: that of the Hessian, in
-    the type to compute in. Returns (indices of ``blocks`` in the order of dropping, what each drop adds to the squared
-    error). O(d^3) for d features.
+    Features are ordered (channel, tap). ``weight`` [out, features] is the dense weight. With fewer samples than
+    features everything is computed from the n x n matrix of inner products instead (the same results, up to
+    rounding).
     """
-    layout = np.concatenate(blocks)
-    ends = np.cumsum([len(block) for block in blocks])
-    where = {i: np.arange(end - len(blocks[i]), end) for i, end in enumerate(ends)}
-    inv = inverse[np.ix_(layout, layout)]
-    w = m.cross[np.ix_(rows, layout)].astype(inv.dtype) @ inv
-    active = list(range(len(blocks)))
-    order: list[int] = []
-    costs: list[float] = []
-    while active:
-        factors = {i: linalg.cho_factor(inv[np.ix_(where[i], where[i])], lower=True, check_finite=False) for i in active}
-        solved = {i: linalg.cho_solve(factors[i], w[:, where[i]].T, check_finite=False) for i in active}
-        cost = {i: float(np.einsum("rj,jr->", w[:, where[i]], solved[i], dtype=np.float64)) for i in active}
-        dropped = min(active, key=lambda i: cost[i])
-        active.remove(dropped)
-        order.append(dropped)
-        costs.append(cost[dropped])
-        if not active:
-            break
-        gone = where[dropped]
-        columns = inv[gone]
-        w -= solved[dropped].T @ columns
-        inv -= columns.T @ linalg.cho_solve(factors[dropped], columns, check_finite=False)
-        # The last features move to where the dropped ones were, so that what is left stays one square.
-        size = len(inv) - len(gone)
-        holes = gone[gone < size]
-        movers = np.setdiff1d(np.arange(size, len(inv)), gone)
-        w[:, holes] = w[:, movers]
-        inv[holes] = inv[movers]
-        inv[:, holes] = inv[:, movers]
-        moved = np.arange(len(inv))
-        moved[movers] = holes
-        where = {i: moved[where[i]] for i in active}
-        inv, w = inv[:size, :size], w[:, :size]
-    return np.array(order, np.int64), np.array(costs)
 
+    def __init__(self, u: NDArray, y: NDArray, weight: NDArray, damping: float = DAMPING) -> None:
+        self.mean_in = u.mean(axis=0, dtype=np.float64)
+        self.mean_out = y.mean(axis=0, dtype=np.float64)
+        # Products are in the samples' float32: their rounding is far below the damping.
+        self.u = u - self.mean_in.astype(u.dtype)
+        self.y = y - self.mean_out.astype(y.dtype)
+        self.weight = weight
+        self.power = float(np.einsum("no,no->", self.y, self.y, dtype=np.float64)) / len(
+            y
+        )  # sum of the outputs' variances
+        self._variance = float(np.einsum("nf,nf->", self.u, self.u, dtype=np.float64)) / u.size
+        # A feature that never changes has a zero row in H: the damping keeps the matrix invertible.
+        self.damping = max(damping * self._variance, float(np.finfo(np.float32).tiny))
 
-def choose_blocks(orders: list[NDArray[np.int64]], costs: list[NDArray], drop: int) -> NDArray[np.bool_]:
-    """Keep mask [rows, blocks] after dropping ``drop`` blocks in all, each block row in its own order.
+    @property
+    def features(self) -> int:
+        """Number of features."""
+        return int(self.u.shape[1])
 
-    A cheap drop behind an expensive one is only to be had with it: runs of drops are taken at their mean cost.
-    """
-    keep = np.ones((len(orders), len(orders[0]) if orders else 0), bool)
-    taken = [0] * len(orders)
-    runs = [_merge_runs(c) for c in costs]
-    heads = [0] * len(orders)
-    while drop > 0:
-        row = min(
-            (r for r in range(len(orders)) if heads[r] < len(runs[r])), key=lambda r: runs[r][heads[r]][0], default=None
+    @property
+    def few(self) -> bool:
+        """Whether there are fewer samples than features."""
+        return len(self.u) < self.features
+
+    @cached_property
+    def _gram(self) -> NDArray[np.float32]:
+        return (self.u.T @ self.u) / np.float32(len(self.u))
+
+    @cached_property
+    def hessian(self) -> NDArray[np.float64]:
+        """H [features, features]."""
+        hessian = self._gram.astype(np.float64)
+        hessian[np.diag_indices_from(hessian)] += self.damping
+        return hessian
+
+    @cached_property
+    def inverse(self) -> NDArray[np.float64]:
+        """The inverse of H."""
+        factor = linalg.cho_factor(self.hessian, lower=True, check_finite=False)
+        return linalg.cho_solve(factor, np.eye(self.features), check_finite=False)
+
+    @cached_property
+    def cross(self) -> NDArray[np.float64]:
+        """G [out, features]."""
+        return self._cross(self.y, self.weight)
+
+    def _cross(self, y: NDArray, weight: NDArray) -> NDArray[np.float64]:
+        return (y.T @ self.u).astype(np.float64) / len(self.u) + self.damping * weight
+
+    def saliency(self) -> NDArray[np.float64]:
+        """What dropping each single weight [out, features] adds to the squared error after the rest is refitted."""
+        if not self.few:
+            return (self.cross @ self.inverse) ** 2 / np.diag(self.inverse)
+        # With A = U U^T + n lam I:  inv(H) = (I - U^T inv(A) U) / lam,  and the fit on all features is W + R^T inv(A)
+        # U.
+        solved = linalg.cho_solve(self._inner_factor(np.arange(self.features)), self.u, check_finite=False)
+        diagonal = (1 - np.einsum("nf,nf->f", self.u, solved)) / self.damping
+        fitted = self.weight + (self.y - self.u @ self.weight.T).T @ solved
+        return fitted**2 / np.maximum(diagonal, np.finfo(np.float64).tiny)
+
+    def refit(
+        self, keep: NDArray[np.bool_], bounds: tuple[float, float] = (-np.inf, np.inf)
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The best weights that are zero outside ``keep`` (both [out, features]), and the bias [out] with them.
+
+        ``bounds``: where the next operator clips (0 and inf for a ReLU). Outputs that the dense layer has beyond them
+        may be anything beyond them: targets there follow the fit, which lowers the error after the clip in every
+        iteration (majorize and minimize).
+        """
+        weight = self._solve(keep, self.y, self.weight)
+        bias = self.mean_out - weight @ self.mean_in
+        if bounds == (-np.inf, np.inf):
+            return weight, bias
+        low, high = bounds
+        raw = self.y + self.mean_out.astype(self.y.dtype)
+        for _ in range(_CLIP_ITERATIONS):
+            fitted = self.u @ weight.T.astype(self.u.dtype) + (bias + weight @ self.mean_in).astype(self.u.dtype)
+            target = np.where(raw <= low, np.minimum(fitted, low), np.where(raw >= high, np.maximum(fitted, high), raw))
+            mean = target.mean(axis=0, dtype=np.float64)
+            # The damping now pulls to the last fit, so that the iteration ends at the optimum of the samples.
+            weight = self._solve(keep, target - mean.astype(target.dtype), weight)
+            bias = mean - weight @ self.mean_in
+        return weight, bias
+
+    def best_damping(self, keep: NDArray[np.bool_]) -> LayerSamples:
+        """These samples with the damping that fits held-out samples best, for weights that are zero outside ``keep``.
+
+        The last samples are held out, so that they are of other inputs than the rest.
+        """
+        cut = len(self.u) - len(self.u) // _HELD_OUT
+        train, held_out = (
+            LayerSamples(self.u[part], self.y[part], self.weight) for part in (slice(cut), slice(cut, None))
         )
-        if row is None:
-            break
-        count = min(runs[row][heads[row]][1], drop)
-        keep[row, orders[row][taken[row] : taken[row] + count]] = False
-        taken[row] += count
-        drop -= count
-        heads[row] += 1
-    return keep
+        errors = {damping: held_out.error(train._damped(damping).refit(keep)[0]) for damping in _DAMPINGS}
+        return self._damped(min(errors, key=lambda damping: errors[damping]))
 
+    def _damped(self, damping: float) -> LayerSamples:
+        """The same samples with another damping; what does not depend on it is shared."""
+        if not self.few:
+            _ = self._gram  # computed before the copy, for both
+        other = copy.copy(self)
+        for name in ("hessian", "inverse", "cross"):
+            other.__dict__.pop(name, None)
+        other.damping = max(damping * self._variance, float(np.finfo(np.float32).tiny))
+        return other
 
-def _merge_runs(costs: NDArray) -> list[tuple[float, int]]:
-    """(mean cost, length) of runs of drops, merged until the means rise."""
-    runs: list[tuple[float, int]] = []
-    for cost in costs.tolist():
-        runs.append((cost, 1))
-        while len(runs) > 1 and runs[-2][0] >= runs[-1][0]:
-            (c1, n1), (c2, n2) = runs[-2:]
-            runs[-2:] = [((c1 * n1 + c2 * n2) / (n1 + n2), n1 + n2)]
-    return runs
+    def error(self, weight: NDArray) -> float:
+        """Squared error of a ``weight`` with its best bias, over the variance of the dense outputs."""
+        residual = self.y - self.u @ weight.T.astype(self.u.dtype)
+        return (
+            float(np.einsum("no,no->", residual, residual, dtype=np.float64)) / len(residual) / max(self.power, 1e-300)
+        )
 
+    def _solve(self, keep: NDArray[np.bool_], y: NDArray, towards: NDArray) -> NDArray[np.float64]:
+        cross = None if self.few else self._cross(y, towards)
+        weight = np.zeros(keep.shape)
+        supports: dict[bytes, list[int]] = {}
+        for row, mask in enumerate(keep):
+            supports.setdefault(np.packbits(mask).tobytes(), []).append(row)
+        for members in supports.values():
+            rows = np.array(members)
+            s = np.flatnonzero(keep[members[0]])
+            if not s.size:
+                continue
+            if cross is None:
+                residual = y[:, rows] - self.u[:, s] @ towards[np.ix_(rows, s)].T
+                solved = linalg.cho_solve(self._inner_factor(s), residual, check_finite=False)
+                weight[np.ix_(rows, s)] = towards[np.ix_(rows, s)] + solved.T @ self.u[:, s]
+            else:
+                factor = linalg.cho_factor(self.hessian[np.ix_(s, s)], lower=True, check_finite=False)
+                weight[np.ix_(rows, s)] = linalg.cho_solve(factor, cross[np.ix_(rows, s)].T, check_finite=False).T
+        return weight
 
-def refit(m: LayerMoments, keep: NDArray[np.bool_]) -> tuple[NDArray, NDArray]:
-    """The best weights [out, d] that are zero outside ``keep`` [out, d], and their bias [out].
-
-    Rows with the same support are solved together.
-    """
-    weight = np.zeros(keep.shape)
-    supports: dict[bytes, list[int]] = {}
-    for row, mask in enumerate(keep):
-        supports.setdefault(np.packbits(mask).tobytes(), []).append(row)
-    for rows in supports.values():
-        s = np.flatnonzero(keep[rows[0]])
-        if s.size:
-            factor = linalg.cho_factor(m.hessian[np.ix_(s, s)], lower=True, check_finite=False)
-            weight[np.ix_(rows, s)] = linalg.cho_solve(factor, m.cross[np.ix_(rows, s)].T, check_finite=False).T
-    return weight, m.mean_out - weight @ m.mean_in
-
-
-def relative_error(m: LayerMoments, weight: NDArray) -> float:
-    """Squared error of a fitted ``weight`` [out, d] over the variance of the dense outputs (with the damping's share)."""
-    quadratic = np.einsum("od,od->", weight @ m.hessian, weight)
-    error = float(m.power_out.sum() - 2 * np.einsum("od,od->", weight, m.cross) + quadratic)
-    return max(error, 0.0) / max(float(m.power_out.sum()), np.finfo(np.float64).tiny)
-
-
-def _inverse(matrix: NDArray) -> NDArray:
-    factor = linalg.cho_factor(matrix, lower=True, check_finite=False)
-    return linalg.cho_solve(factor, np.eye(len(matrix)), check_finite=False)
+    def _inner_factor(self, s: NDArray[np.int64]) -> tuple[NDArray, bool]:
+        part = self.u[:, s]
+        inner = (part @ part.T).astype(np.float64)
+        inner[np.diag_indices_from(inner)] += len(self.u) * self.damping
+        return linalg.cho_factor(inner, lower=True, check_finite=False)

@@ -30,7 +30,10 @@ class Layer:
     @property
     def name(self) -> str:
         """Name of the layer's output value in the original model: what plans are keyed by."""
-        return self.output.name.removesuffix(REORDERED)
+        name = str(self.output.name)
+        while name.endswith(REORDERED):
+            name = name.removesuffix(REORDERED)
+        return name
 
     @property
     def block_sparse(self) -> bool:
