@@ -150,7 +150,7 @@ struct ConvKernel::Plan {
 
   Spatial input, output;
   int64_t input_plane, output_plane;
-  bool direct, side_masked;
+  bool pointwise, direct, side_masked;
   std::vector<Tile> tiles;
   std::vector<uint32_t> masks;
   std::vector<Strip> strips;
@@ -194,132 +194,146 @@ std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& inp
   for (const int64_t channel : output_perm_) plan.row_offset.push_back(channel * plan.output_plane);
   if (plan.output_plane == 0) return owner;
 
-  const bool pointwise = taps_ == 1 && a.strides == Spatial{1, 1, 1} && a.pads_begin == Spatial{0, 0, 0} &&
-                         a.pads_end == Spatial{0, 0, 0};
+  plan.pointwise = taps_ == 1 && a.strides == Spatial{1, 1, 1} && a.pads_begin == Spatial{0, 0, 0} &&
+                   a.pads_end == Spatial{0, 0, 0};
   plan.side_masked = a.kernel[1] == 1 && a.strides[1] == 1 && a.pads_begin[1] == 0 && a.pads_end[1] == 0 &&
                      input[1] == 1 && a.kernel[2] == 3 && a.dilations[2] == 1 && a.pads_begin[2] == 1 &&
                      ((a.strides[2] == 1 && a.pads_end[2] == 1) || a.strides[2] == 2);
-  plan.direct = pointwise || (plan.side_masked && a.strides[0] == 1 && a.strides[2] == 1 &&
-                              plan.output_plane > kPanelPixels);
+  plan.direct = plan.pointwise || (plan.side_masked && a.strides[0] == 1 && a.strides[2] == 1 &&
+                                   plan.output_plane > kPanelPixels);
+  if (plan.direct) {
+    read_in_place(plan);
+  } else {
+    read_from_panel(plan);
+  }
+  if (plan.side_masked || plan.direct) add_masks(plan);
+  return owner;
+}
+
+void ConvKernel::read_in_place(Plan& plan) const {
+  const ConvAttributes& a = attributes_;
+  for (int64_t i = 0; i < taps_; ++i) {
+    const int64_t row = i / a.kernel[2] * a.dilations[0] - a.pads_begin[0];
+    plan.tap_offset.push_back(row * plan.output[2] + i % a.kernel[2] - a.pads_begin[2]);
+  }
+  for (const int64_t c : channel_) plan.channel_offset.push_back(c * plan.input_plane);
+  // An even number of strips: an odd one leaves one of two threads idle at the end.
+  const int64_t tile_pixels = kernels_.conv_vectors * kernels_.lanes;
+  const int64_t input_bytes = static_cast<int64_t>(used_.size()) * plan.input_plane * 4;
+  const int64_t tiles = ceil_div(plan.output_plane, tile_pixels);
+  int64_t strips = input_bytes <= kWholeBytes ? 1 : ceil_div(input_bytes, 2 * kStripBytes) * 2;
+  strips = std::min(strips, tiles);
+  for (int64_t s = 0; s < strips; ++s) {
+    const int64_t begin = tiles * s / strips * tile_pixels;
+    const int64_t end = std::min(tiles * (s + 1) / strips * tile_pixels, plan.output_plane);
+    add_strip(plan, 0, 0, begin, end - begin);
+  }
+}
+
+void ConvKernel::read_from_panel(Plan& plan) const {
+  const ConvAttributes& a = attributes_;
   const int64_t width = plan.output[2];
   const int64_t inner = plan.output[1] * width;
-  const int64_t lanes = kernels_.lanes;
-  const int64_t input_bytes = static_cast<int64_t>(used_.size()) * plan.input_plane * 4;
-
   auto view = [](int64_t offset, int64_t stride, int64_t size, int64_t input_size) {
     const int64_t begin = offset < 0 ? std::min(size, ceil_div(-offset, stride)) : 0;
     const int64_t room = input_size - offset;  // positions from the first to the input's end
     return Plan::View{offset, begin, std::max(begin, room <= 0 ? 0 : std::min(size, ceil_div(room, stride)))};
   };
-  // Adds the tiles of `pixels` output pixels that begin at `pixel`, and the strip they make.
-  auto add_strip = [&](int64_t first_row, int64_t rows, int64_t pixel, int64_t pixels) {
-    const size_t begin = plan.tiles.size();
-    const int64_t source = plan.direct ? pixel : 0;
-    // In place, only a pointwise kernel finds each tap of the last pixels inside the input.
-    int64_t tail = plan.direct && !pointwise ? 0 : pixels % lanes;
-    if (tail > kernels_.tail_pixels) tail = 0;
-    for (int64_t done = 0; done < pixels - tail;) {
-      // Three vectors at a time; four are two and two, as one vector alone keeps the multipliers waiting for loads.
-      const int64_t left = ceil_div(pixels - tail - done, lanes);
-      const int64_t most = kernels_.conv_vectors;
-      const int64_t vectors = left == most + 1 ? ceil_div(left, 2) : std::min(left, most);
-      const int64_t last = std::min(lanes, pixels - tail - done - (vectors - 1) * lanes);
-      plan.tiles.push_back({source + done, pixel + done, static_cast<int>(vectors), static_cast<int>(last),
-                            TapMode::kPlain, 0});
-      done += vectors * lanes;
-    }
-    if (tail > 0) {
-      const int64_t done = pixels - tail;
-      plan.tiles.push_back({source + done, pixel + done, 0, static_cast<int>(tail), TapMode::kTail, 0});
-    }
-    plan.strips.push_back({first_row, rows, begin, plan.tiles.size()});
-  };
-
-  if (plan.direct) {
-    for (int64_t i = 0; i < taps_; ++i) {
-      const int64_t row = i / a.kernel[2] * a.dilations[0] - a.pads_begin[0];
-      plan.tap_offset.push_back(row * width + i % a.kernel[2] - a.pads_begin[2]);
-    }
-    for (const int64_t c : channel_) plan.channel_offset.push_back(c * plan.input_plane);
-    // An even number of strips: an odd one leaves one of two threads idle at the end.
-    const int64_t tile_pixels = kernels_.conv_vectors * lanes;
-    const int64_t tiles = ceil_div(plan.output_plane, tile_pixels);
-    int64_t strips = input_bytes <= kWholeBytes ? 1 : ceil_div(input_bytes, 2 * kStripBytes) * 2;
-    strips = std::min(strips, tiles);
-    for (int64_t s = 0; s < strips; ++s) {
-      const int64_t begin = tiles * s / strips * tile_pixels;
-      const int64_t end = std::min(tiles * (s + 1) / strips * tile_pixels, plan.output_plane);
-      add_strip(0, 0, begin, end - begin);
-    }
-  } else {
-    const int64_t planes = plan.side_masked ? a.strides[2] : a.kernel[1] * a.kernel[2];
-    for (int64_t i = 0; i < planes; ++i) {
-      const int64_t middle = plan.side_masked ? 0 : i / a.kernel[2] * a.dilations[1] - a.pads_begin[1];
-      const int64_t column = plan.side_masked ? i : i % a.kernel[2] * a.dilations[2] - a.pads_begin[2];
-      plan.inner_taps.push_back({view(middle, a.strides[1], plan.output[1], input[1]),
-                                 view(column, a.strides[2], width, input[2])});
-    }
-    const int64_t inner_count = static_cast<int64_t>(plan.inner_taps.size());
-    const int64_t stride = a.strides[0];
-    for (int64_t k = 0; k < a.kernel[0]; ++k) {
-      const int64_t remainder = k * a.dilations[0] % stride, extra = k * a.dilations[0] / stride;
-      auto phase = std::find_if(plan.phases.begin(), plan.phases.end(),
-                                [&](const Plan::Phase& p) { return p.remainder == remainder; });
-      if (phase == plan.phases.end()) phase = plan.phases.insert(phase, {remainder, 0, 0, 0});
-      phase->extra_rows = std::max(phase->extra_rows, extra);
-    }
-    const int64_t row_bytes = checked_product(
-        checked_product(static_cast<int64_t>(used_.size()), inner * 4),
-        checked_product(inner_count, static_cast<int64_t>(plan.phases.size())));
-    const int64_t total_rows = plan.output[0];
-    int64_t strips = 1;
-    if (row_bytes > 0 && total_rows > kWholeBytes / row_bytes) {
-      const int64_t rows = std::max<int64_t>(1, kStripBytes / row_bytes);
-      strips = ceil_div(total_rows, rows);
-    }
-    const int64_t strip_rows = ceil_div(total_rows, strips);
-    int64_t offset = 0;
-    for (Plan::Phase& phase : plan.phases) {
-      phase.offset = offset;
-      phase.rows = strip_rows + phase.extra_rows;
-      offset += checked_product(checked_product(phase.rows, inner), inner_count);
-    }
-    // Whole cache lines, and not a multiple of 512 bytes: channels must not fight for the same lines of the cache.
-    plan.channel_stride = ceil_div(offset, 16) * 16;
-    if (plan.channel_stride % 128 == 0) plan.channel_stride += 16;
-    plan.tail_begin = checked_product(plan.channel_stride, static_cast<int64_t>(used_.size())) + kPanelSlack;
-    if (plan.side_masked) {
-      plan.tail_width = kernels_.tail_pixels;
-      for (int64_t t = 0; t < taps_; ++t) plan.tail_tap_offset.push_back(t * plan.tail_width);
-      for (const int64_t c : channel_) {
-        plan.tail_channel_offset.push_back(plan.tail_begin + slot_[static_cast<size_t>(c)] * taps_ * plan.tail_width);
-      }
-    }
-    plan.panel_size = plan.tail_begin + kPanelSlack +
-                      checked_product(static_cast<int64_t>(used_.size()), taps_ * plan.tail_width);
-    for (int64_t k = 0; k < a.kernel[0]; ++k) {
-      const int64_t remainder = k * a.dilations[0] % stride, extra = k * a.dilations[0] / stride;
-      const auto phase = std::find_if(plan.phases.begin(), plan.phases.end(),
-                                      [&](const Plan::Phase& p) { return p.remainder == remainder; });
-      const int64_t inner_kernel = a.kernel[1] * a.kernel[2];
-      for (int64_t i = 0; i < inner_kernel; ++i) {
-        // Side-masked taps see columns -1, 0 and 1 of each pixel: with stride 2, planes 1 (of the pixel before), 0, 1.
-        const int64_t plane = !plan.side_masked ? i : a.strides[2] == 1 ? 0 : i != 1;
-        const int64_t shift = !plan.side_masked ? 0 : a.strides[2] == 1 ? i - 1 : i == 0 ? -1 : 0;
-        plan.tap_offset.push_back(phase->offset + (extra + plane * phase->rows) * inner + shift);
-      }
-    }
+  const int64_t planes = plan.side_masked ? a.strides[2] : a.kernel[1] * a.kernel[2];
+  for (int64_t i = 0; i < planes; ++i) {
+    const int64_t middle = plan.side_masked ? 0 : i / a.kernel[2] * a.dilations[1] - a.pads_begin[1];
+    const int64_t column = plan.side_masked ? i : i % a.kernel[2] * a.dilations[2] - a.pads_begin[2];
+    plan.inner_taps.push_back({view(middle, a.strides[1], plan.output[1], plan.input[1]),
+                               view(column, a.strides[2], width, plan.input[2])});
+  }
+  const int64_t inner_count = static_cast<int64_t>(plan.inner_taps.size());
+  const int64_t stride = a.strides[0];
+  for (int64_t k = 0; k < a.kernel[0]; ++k) {
+    const int64_t remainder = k * a.dilations[0] % stride, extra = k * a.dilations[0] / stride;
+    auto phase = std::find_if(plan.phases.begin(), plan.phases.end(),
+                              [&](const Plan::Phase& p) { return p.remainder == remainder; });
+    if (phase == plan.phases.end()) phase = plan.phases.insert(phase, {remainder, 0, 0, 0});
+    phase->extra_rows = std::max(phase->extra_rows, extra);
+  }
+  const int64_t row_bytes = checked_product(
+      checked_product(static_cast<int64_t>(used_.size()), inner * 4),
+      checked_product(inner_count, static_cast<int64_t>(plan.phases.size())));
+  const int64_t total_rows = plan.output[0];
+  int64_t strips = 1;
+  if (row_bytes > 0 && total_rows > kWholeBytes / row_bytes) {
+    const int64_t rows = std::max<int64_t>(1, kStripBytes / row_bytes);
+    strips = ceil_div(total_rows, rows);
+  }
+  const int64_t strip_rows = ceil_div(total_rows, strips);
+  int64_t offset = 0;
+  for (Plan::Phase& phase : plan.phases) {
+    phase.offset = offset;
+    phase.rows = strip_rows + phase.extra_rows;
+    offset += checked_product(checked_product(phase.rows, inner), inner_count);
+  }
+  // Whole cache lines, and not a multiple of 512 bytes: channels must not fight for the same lines of the cache.
+  plan.channel_stride = ceil_div(offset, 16) * 16;
+  if (plan.channel_stride % 128 == 0) plan.channel_stride += 16;
+  plan.tail_begin = checked_product(plan.channel_stride, static_cast<int64_t>(used_.size())) + kPanelSlack;
+  if (plan.side_masked) {
+    plan.tail_width = kernels_.tail_pixels;
+    for (int64_t t = 0; t < taps_; ++t) plan.tail_tap_offset.push_back(t * plan.tail_width);
     for (const int64_t c : channel_) {
-      plan.channel_offset.push_back(slot_[static_cast<size_t>(c)] * plan.channel_stride);
-    }
-    for (int64_t row = 0; row < total_rows; row += strip_rows) {
-      const int64_t rows = std::min(strip_rows, total_rows - row);
-      add_strip(row, rows, row * inner, rows * inner);
+      plan.tail_channel_offset.push_back(plan.tail_begin + slot_[static_cast<size_t>(c)] * taps_ * plan.tail_width);
     }
   }
+  plan.panel_size = plan.tail_begin + kPanelSlack +
+                    checked_product(static_cast<int64_t>(used_.size()), taps_ * plan.tail_width);
+  for (int64_t k = 0; k < a.kernel[0]; ++k) {
+    const int64_t remainder = k * a.dilations[0] % stride, extra = k * a.dilations[0] / stride;
+    const auto phase = std::find_if(plan.phases.begin(), plan.phases.end(),
+                                    [&](const Plan::Phase& p) { return p.remainder == remainder; });
+    const int64_t inner_kernel = a.kernel[1] * a.kernel[2];
+    for (int64_t i = 0; i < inner_kernel; ++i) {
+      // Side-masked taps see columns -1, 0 and 1 of each pixel: with stride 2, planes 1 (of the pixel before), 0, 1.
+      const int64_t plane = !plan.side_masked ? i : a.strides[2] == 1 ? 0 : i != 1;
+      const int64_t shift = !plan.side_masked ? 0 : a.strides[2] == 1 ? i - 1 : i == 0 ? -1 : 0;
+      plan.tap_offset.push_back(phase->offset + (extra + plane * phase->rows) * inner + shift);
+    }
+  }
+  for (const int64_t c : channel_) {
+    plan.channel_offset.push_back(slot_[static_cast<size_t>(c)] * plan.channel_stride);
+  }
+  for (int64_t row = 0; row < total_rows; row += strip_rows) {
+    const int64_t rows = std::min(strip_rows, total_rows - row);
+    add_strip(plan, row, rows, row * inner, rows * inner);
+  }
+}
 
-  // Masks. A tap of an output pixel counts where it lies inside the input, and a lane where its pixel exists.
-  if (!plan.side_masked && !plan.direct) return owner;
+// Adds the tiles of `pixels` output pixels that begin at `pixel`, and the strip they make.
+void ConvKernel::add_strip(Plan& plan, int64_t first_row, int64_t rows, int64_t pixel, int64_t pixels) const {
+  const int64_t lanes = kernels_.lanes;
+  const size_t begin = plan.tiles.size();
+  const int64_t source = plan.direct ? pixel : 0;
+  // In place, only a pointwise kernel finds each tap of the last pixels inside the input.
+  int64_t tail = plan.direct && !plan.pointwise ? 0 : pixels % lanes;
+  if (tail > kernels_.tail_pixels) tail = 0;
+  for (int64_t done = 0; done < pixels - tail;) {
+    // Three vectors at a time; four are two and two, as one vector alone keeps the multipliers waiting for loads.
+    const int64_t left = ceil_div(pixels - tail - done, lanes);
+    const int64_t most = kernels_.conv_vectors;
+    const int64_t vectors = left == most + 1 ? ceil_div(left, 2) : std::min(left, most);
+    const int64_t last = std::min(lanes, pixels - tail - done - (vectors - 1) * lanes);
+    plan.tiles.push_back({source + done, pixel + done, static_cast<int>(vectors), static_cast<int>(last),
+                          TapMode::kPlain, 0});
+    done += vectors * lanes;
+  }
+  if (tail > 0) {
+    const int64_t done = pixels - tail;
+    plan.tiles.push_back({source + done, pixel + done, 0, static_cast<int>(tail), TapMode::kTail, 0});
+  }
+  plan.strips.push_back({first_row, rows, begin, plan.tiles.size()});
+}
+
+// A tap of an output pixel counts where it lies inside the input, and a lane where its pixel exists.
+void ConvKernel::add_masks(Plan& plan) const {
+  const ConvAttributes& a = attributes_;
+  const int64_t width = plan.output[2], lanes = kernels_.lanes;
   for (Plan::Tile& tile : plan.tiles) {
     if (tile.mode == TapMode::kTail) continue;
     const int64_t count = (tile.vectors - 1) * lanes + tile.last_lanes;
@@ -337,14 +351,13 @@ std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& inp
       for (int64_t t = 0; plan.direct && t < taps_; ++t) {
         const int64_t in_row = row + t / a.kernel[2] * a.dilations[0] - a.pads_begin[0];
         const int64_t in_column = column + t % a.kernel[2] - a.pads_begin[2];
-        const int64_t in_outer = pointwise ? 0 : in_row;
-        if (pointwise || (in_outer >= 0 && in_outer < input[0] && in_column >= 0 && in_column < width)) {
-          every[static_cast<size_t>(t) * vectors + v] |= bit;
-        }
-        ends = ends || (!pointwise && (in_outer < 0 || in_outer >= input[0]));
+        const bool row_inside = plan.pointwise || (in_row >= 0 && in_row < plan.input[0]);
+        const bool column_inside = plan.pointwise || (in_column >= 0 && in_column < width);
+        if (row_inside && column_inside) every[static_cast<size_t>(t) * vectors + v] |= bit;
+        ends = ends || !row_inside;
       }
     }
-    if (plan.direct && !pointwise) {
+    if (plan.direct && !plan.pointwise) {
       // The first and the last float that an unmasked tile would load.
       ends = ends || tile.source + plan.tap_offset.front() < 0 ||
              tile.source + tile.vectors * lanes - 1 + plan.tap_offset.back() >= plan.input_plane;
@@ -358,7 +371,6 @@ std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& inp
       plan.masks.insert(plan.masks.end(), side.begin(), side.end());
     }
   }
-  return owner;
 }
 
 // One run, divided into work items. A stage is one strip of one image.
