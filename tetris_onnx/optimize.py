@@ -124,7 +124,10 @@ def pipeline(plan: Plan, gathers: str = "absorb", weights: Mapping[str, NewWeigh
     steps: list[tuple[str, Callable[[gs.Graph], None]]] = [
         ("normalize_layers", normalize_layers),
         ("fuse_batchnorm", fuse_batchnorm),
-        ("set_weights", partial(set_weights, weights=weights or {})),
+    ]
+    if weights:
+        steps.append(("set_weights", partial(set_weights, weights=weights)))
+    steps += [
         ("prune_blocks", partial(prune_blocks, plan=plan)),
         ("reorder_weights", partial(reorder_weights, plan=plan)),
         ("fold_gathers", fold_gathers),
