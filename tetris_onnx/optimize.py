@@ -34,7 +34,6 @@ from tetris_onnx.passes import (
 )
 from tetris_onnx.plan import Plan
 from tetris_onnx.planner import Progress, make_plan, match_plan, prepare
-from tetris_onnx.recovery import recover
 from tetris_onnx.report import Report
 
 # Samples of the verification: the models run one after the other, and the check is of every value they give.
@@ -87,6 +86,8 @@ def optimize(
         if plan is not None:
             rows = match_plan(prepared, plan, config)
         if calibration is not None:
+            from tetris_onnx.recovery import recover  # brings scipy, which takes its time to load
+
             proto = io.to_proto(prepared, source)
             samples = load_samples(calibration, model_inputs(proto))
             recovery = recover(prepared, proto, config, samples, plan, progress)
