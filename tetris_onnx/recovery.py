@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from joblib import cpu_count
 from numpy.typing import NDArray
 
 from tetris_onnx.activations import Activations
@@ -141,7 +140,7 @@ def _choose(candidate: Candidate, seen: LayerSamples, config: Config) -> tuple[L
     if not by_magnitude and not seen.few:
         drop = found.keep.size - keep_count(found.keep.size, sparsity)
         movable = axes if config.reorder != "none" else ()
-        exact = search(seen, (out_perm, in_perm), block, drop, movable, config.workers or cpu_count())
+        exact = search(seen, (out_perm, in_perm), block, drop, movable, config.workers)
         weight, _ = seen.refit(support((out_perm, in_perm), block, found.keep, _taps(layer)))
         if exact.error < seen.error(weight):
             plan = LayerPlan(layer.name, exact.out_perm, exact.in_perm, block, exact.keep)

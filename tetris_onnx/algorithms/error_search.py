@@ -14,19 +14,18 @@ the error is not taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from joblib import Parallel, delayed
 from numpy.typing import NDArray
 from scipy import linalg
-from threadpoolctl import threadpool_limits
 
 from tetris_onnx.algorithms.blocks import expand_keep, group_capacities
 from tetris_onnx.algorithms.permutation import Permutation, inverse
 from tetris_onnx.algorithms.refit import LayerSamples
 from tetris_onnx.algorithms.reorder import transport
+from tetris_onnx.algorithms.threads import run_threads
 
 _MAX_ITERATIONS = 4
 _LEAST_GAIN = 5e-3  # share of the error that one more iteration has to save
@@ -48,24 +47,23 @@ def search(
     block_size: tuple[int, int],
     drop: int,
     axes: Sequence[int] = (0, 1),
-    workers: int = 1,
+    workers: int | None = None,
 ) -> Pruned:
     """Choose ``drop`` blocks to drop and improve the permutations ``start`` of the axes in ``axes``.
 
     Needs more samples than features. ``workers``: threads; the result does not depend on them.
     """
-    with threadpool_limits(1):  # the threads are ours: one block row each
-        best = _prune(samples, *start, block_size, drop, workers)
-        for _ in range(_MAX_ITERATIONS):
-            previous = best.error
-            for axis in axes:
-                perms = [best.out_perm, best.in_perm]
-                assign = _assign_outputs if axis == 0 else _assign_inputs
-                perms[axis] = assign(samples, best, block_size, workers)
-                found = _prune(samples, perms[0], perms[1], block_size, drop, workers)
-                best = min(best, found, key=lambda p: p.error)
-            if best.error > previous * (1 - _LEAST_GAIN):
-                break
+    best = _prune(samples, *start, block_size, drop, workers)
+    for _ in range(_MAX_ITERATIONS):
+        previous = best.error
+        for axis in axes:
+            perms = [best.out_perm, best.in_perm]
+            assign = _assign_outputs if axis == 0 else _assign_inputs
+            perms[axis] = assign(samples, best, block_size, workers)
+            found = _prune(samples, perms[0], perms[1], block_size, drop, workers)
+            best = min(best, found, key=lambda p: p.error)
+        if best.error > previous * (1 - _LEAST_GAIN):
+            break
     return best
 
 
@@ -150,23 +148,29 @@ def _rising_runs(costs: NDArray[np.float64]) -> list[tuple[float, int, int]]:
 
 
 def _prune(
-    samples: LayerSamples, out_perm: Permutation, in_perm: Permutation, block: tuple[int, int], drop: int, workers: int
+    samples: LayerSamples,
+    out_perm: Permutation,
+    in_perm: Permutation,
+    block: tuple[int, int],
+    drop: int,
+    workers: int | None,
 ) -> Pruned:
     blocks = _features(samples, in_perm, block[1])
     groups = [out_perm[i : i + block[0]] for i in range(0, out_perm.size, block[0])]
     # A block row that loses far more than its share is not worth looking at.
     most = min(len(blocks), -(-drop * 3 // (2 * len(groups))) + 1)
-    found = _threads(workers, eliminate_blocks, [(samples, rows, blocks, most) for rows in groups])
+    _ = samples.inverse, samples.cross  # computed here, not by each thread for itself
+    found = run_threads(eliminate_blocks, [(samples, rows, blocks, most) for rows in groups], workers)
     keep = choose_blocks([o for o, _ in found], [c for _, c in found], len(blocks), drop)
     weight, _ = samples.refit(support((out_perm, in_perm), block, keep, samples.features // in_perm.size))
     return Pruned(out_perm, in_perm, keep, samples.error(weight))
 
 
-def _assign_outputs(samples: LayerSamples, pruned: Pruned, block: tuple[int, int], workers: int) -> Permutation:
+def _assign_outputs(samples: LayerSamples, pruned: Pruned, block: tuple[int, int], workers: int | None) -> Permutation:
     """Output channels by the block row whose support explains most of them: exact for the supports as they are."""
     blocks = _features(samples, pruned.in_perm, block[1])
     supports = [_union(blocks, row) for row in pruned.keep]
-    gain = np.stack(_threads(workers, _explained, [(samples, s) for s in supports]), axis=1)
+    gain = np.stack(run_threads(_explained, [(samples, s) for s in supports], workers), axis=1)
     room = group_capacities(pruned.out_perm.size, block[0]).astype(np.float64)
     return np.argsort(_assign(gain, room), kind="stable")
 
@@ -180,12 +184,12 @@ def _explained(samples: LayerSamples, s: NDArray[np.int64]) -> NDArray[np.float6
     return np.einsum("os,so->o", part, linalg.cho_solve(factor, part.T, check_finite=False))
 
 
-def _assign_inputs(samples: LayerSamples, pruned: Pruned, block: tuple[int, int], workers: int) -> Permutation:
+def _assign_inputs(samples: LayerSamples, pruned: Pruned, block: tuple[int, int], workers: int | None) -> Permutation:
     """Input channels by what each block's rows lose without them (kept ones) or would gain with them (others)."""
     groups = [pruned.out_perm[i : i + block[0]] for i in range(0, pruned.out_perm.size, block[0])]
     blocks = _features(samples, pruned.in_perm, block[1])
     tasks = [(samples, rows, blocks, kept, pruned.in_perm.size) for rows, kept in zip(groups, pruned.keep, strict=True)]
-    worth = np.stack(_threads(workers, _channel_worth, tasks))  # [block rows, in]
+    worth = np.stack(run_threads(_channel_worth, tasks, workers))  # [block rows, in]
     gain = worth.T @ pruned.keep.astype(np.float64)
     room = group_capacities(pruned.in_perm.size, block[1]).astype(np.float64)
     return np.argsort(_assign(gain, room), kind="stable")
@@ -248,7 +252,3 @@ def _features(samples: LayerSamples, in_perm: Permutation, columns: int) -> list
     taps = samples.features // in_perm.size
     groups = [in_perm[j : j + columns] for j in range(0, in_perm.size, columns)]
     return [(group[:, None] * taps + np.arange(taps)).ravel() for group in groups]
-
-
-def _threads(workers: int, function: Callable, tasks: Sequence[tuple]) -> list:
-    return list(Parallel(n_jobs=workers, prefer="threads")(delayed(function)(*task) for task in tasks))

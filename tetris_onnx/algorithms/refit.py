@@ -27,9 +27,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
+from tetris_onnx.algorithms.threads import run_threads
+
 # To choose blocks with. The weights are fitted with the best of several (see `best_damping`).
 DAMPING = 0.1
 _DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+_PARTS = 16  # of a large product
 _HELD_OUT = 4  # one in so many samples
 _CLIP_ITERATIONS = 4
 
@@ -68,7 +71,7 @@ class LayerSamples:
 
     @cached_property
     def _gram(self) -> NDArray[np.float32]:
-        return (self.u.T @ self.u) / np.float32(len(self.u))
+        return _inner(self.u, self.u) / np.float32(len(self.u))
 
     @cached_property
     def hessian(self) -> NDArray[np.float64]:
@@ -89,7 +92,7 @@ class LayerSamples:
         return self._cross(self.y, self.weight)
 
     def _cross(self, y: NDArray, weight: NDArray) -> NDArray[np.float64]:
-        return (y.T @ self.u).astype(np.float64) / len(self.u) + self.damping * weight
+        return _inner(y, self.u).astype(np.float64) / len(self.u) + self.damping * weight
 
     def saliency(self) -> NDArray[np.float64]:
         """What dropping each single weight [out, features] adds to the squared error after the rest is refitted."""
@@ -156,23 +159,27 @@ class LayerSamples:
         )
 
     def _solve(self, keep: NDArray[np.bool_], y: NDArray, towards: NDArray) -> NDArray[np.float64]:
-        cross = None if self.few else self._cross(y, towards)
-        weight = np.zeros(keep.shape)
         supports: dict[bytes, list[int]] = {}
         for row, mask in enumerate(keep):
             supports.setdefault(np.packbits(mask).tobytes(), []).append(row)
-        for members in supports.values():
-            rows = np.array(members)
-            s = np.flatnonzero(keep[members[0]])
+        groups = [np.array(rows) for rows in supports.values()]
+        cross = None if self.few else self._cross(y, towards)
+        hessian = None if self.few else self.hessian
+
+        def solve(rows: NDArray[np.int64]) -> NDArray[np.float64]:
+            s = np.flatnonzero(keep[rows[0]])
             if not s.size:
-                continue
-            if cross is None:
+                return np.zeros((rows.size, 0))
+            if cross is None or hessian is None:
                 residual = y[:, rows] - self.u[:, s] @ towards[np.ix_(rows, s)].T
                 solved = linalg.cho_solve(self._inner_factor(s), residual, check_finite=False)
-                weight[np.ix_(rows, s)] = towards[np.ix_(rows, s)] + solved.T @ self.u[:, s]
-            else:
-                factor = linalg.cho_factor(self.hessian[np.ix_(s, s)], lower=True, check_finite=False)
-                weight[np.ix_(rows, s)] = linalg.cho_solve(factor, cross[np.ix_(rows, s)].T, check_finite=False).T
+                return towards[np.ix_(rows, s)] + solved.T @ self.u[:, s]
+            factor = linalg.cho_factor(hessian[np.ix_(s, s)], lower=True, check_finite=False)
+            return linalg.cho_solve(factor, cross[np.ix_(rows, s)].T, check_finite=False).T
+
+        weight = np.zeros(keep.shape)
+        for rows, fitted in zip(groups, run_threads(solve, [(rows,) for rows in groups]), strict=True):
+            weight[np.ix_(rows, np.flatnonzero(keep[rows[0]]))] = fitted
         return weight
 
     def _inner_factor(self, s: NDArray[np.int64]) -> tuple[NDArray, bool]:
@@ -180,3 +187,9 @@ class LayerSamples:
         inner = (part @ part.T).astype(np.float64)
         inner[np.diag_indices_from(inner)] += len(self.u) * self.damping
         return linalg.cho_factor(inner, lower=True, check_finite=False)
+
+
+def _inner(a: NDArray, b: NDArray) -> NDArray:
+    """``a.T @ b`` in threads. The parts are the same whatever their number, and so is the rounding."""
+    parts = np.array_split(np.arange(a.shape[1]), _PARTS)
+    return np.concatenate(run_threads(lambda columns: a[:, columns].T @ b, [(part,) for part in parts if part.size]))
