@@ -1,0 +1,164 @@
+"""Pruning with calibration samples: features are what a layer multiplies; the result comes closer to the dense model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from tetris_onnx import Config, optimize
+from tetris_onnx.calibration import CalibrationError
+from tetris_onnx.graph import io
+from tetris_onnx.graph.layers import find_layers
+from tetris_onnx.planner import prepare
+from tetris_onnx.recovery import layer_samples, patches
+
+TEXT = """
+<ir_version: 8, opset_import: ["" : 17]>
+net (float[N, 3, 12, 12] x) => (float[N, T, 24] y)
+{
+  a = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (x, w1, b1)
+  ar = Relu (a)
+  b = Conv <kernel_shape = [3, 2], strides = [2, 1], pads = [0, 1, 2, 0], dilations = [1, 2]> (ar, w2)
+  br = Clip (b, low, high)
+  c = Conv <kernel_shape = [1, 1]> (br, w3, b3)
+  shape = Constant <value_ints = [0, 32, -1]> ()
+  flat = Reshape (c, shape)
+  t = Transpose <perm = [0, 2, 1]> (flat)
+  m = MatMul (t, w4)
+  y = Add (m, b4)
+}
+"""
+SHAPES = {"w1": (32, 3, 3, 3), "b1": (32,), "w2": (32, 32, 3, 2), "w3": (32, 32, 1, 1), "b3": (32,), "w4": (32, 24)}
+
+
+def network() -> onnx.ModelProto:
+    """Convolutions with uneven windows, a clip, and a matrix product over [N, T, 32]; channels of very uneven size."""
+    rng = np.random.default_rng(0)
+    model = onnx.parser.parse_model(TEXT)
+    constants = {name: rng.standard_normal(shape) / 8 for name, shape in SHAPES.items()}
+    for name in ("w1", "w2", "w3"):
+        constants[name] *= np.exp(rng.standard_normal((SHAPES[name][0], 1, 1, 1)))
+    constants |= {"b4": rng.standard_normal(24), "low": np.array(0.0), "high": np.array(6.0)}
+    for name, values in constants.items():
+        model.graph.initializer.append(numpy_helper.from_array(values.astype(np.float32), name))
+    return model
+
+
+def inputs(n: int, seed: int) -> NDArray[np.float32]:
+    """Smooth images, so that features are correlated as they are in practice."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((n, 3, 14, 14))
+    return (x[..., :-2, :-2] + x[..., 1:-1, :-2] + x[..., :-2, 1:-1] + x[..., 2:, 2:]).astype(np.float32)
+
+
+CONFIG = Config(sparsity=0.5, block_size=(8, 8))
+
+
+@pytest.fixture
+def calibration(tmp_path: Path) -> Path:
+    np.savez(tmp_path / "calibration.npz", x=inputs(48, seed=1))
+    return tmp_path / "calibration.npz"
+
+
+def run(model: onnx.ModelProto, x: NDArray) -> NDArray:
+    """In plain onnxruntime: the definitions in the model have to say the same as the op library."""
+    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c", "m"])
+def test_samples_are_what_the_layer_multiplies(name: str) -> None:
+    model = network()
+    layer = next(item for item in find_layers(prepare(io.to_graph(model))) if item.name == name)
+    x = inputs(5, seed=2)
+    extended = onnx.ModelProto()
+    extended.CopyFrom(model)
+    extended.graph.output.extend(
+        onnx.helper.make_empty_tensor_value_info(n) for n in (layer.data.name, name) if n != "x"
+    )
+    session = ort.InferenceSession(extended.SerializeToString(), providers=["CPUExecutionProvider"])
+    values = {"x": x} | dict(zip([o.name for o in session.get_outputs()], session.run(None, {"x": x}), strict=True))
+    data, output = values[layer.data.name], values[name]
+    samples = layer_samples(layer, data, output, seed=0)
+    assert samples.features == np.prod(layer.weight_shape[1:])
+    # y = W u + b at every position, so nothing is left but rounding (relative to the outputs' variance).
+    assert samples.error(layer.weight.reshape(len(layer.weight), -1)) < 1e-9
+    if layer.is_conv:
+        positions = np.array([0, 7, output[0, 0].size - 1])
+        u = patches(layer, data[3], output.shape[2:], positions)
+        bias = 0 if layer.bias is None else layer.bias
+        expected = output[3].reshape(len(layer.weight), -1)[:, positions].T
+        np.testing.assert_allclose(
+            u @ layer.weight.reshape(len(layer.weight), -1).T + bias, expected, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_calibration_brings_the_outputs_back(calibration: Path) -> None:
+    model = network()
+    unseen = inputs(32, seed=3)
+    dense = run(model, unseen)
+    results = {
+        "magnitude": optimize(model, CONFIG),
+        "recovered": optimize(model, CONFIG, calibration=calibration),
+    }
+    error = {k: float(((run(r.model, unseen) - dense) ** 2).mean() / dense.var()) for k, r in results.items()}
+    assert error["recovered"] < 0.3 * error["magnitude"], error
+    report = results["recovered"].report
+    assert report.importance == "hessian" and report.gathers == 0
+    pruned = [row for row in report.layers if row.status == "block-sparse"]
+    assert [row.layer for row in pruned] == ["b", "c", "m"] or [row.layer for row in pruned] == ["b", "c"]
+    assert all(row.output_error is not None and 0 <= row.output_error < 1 for row in pruned)
+    assert all(row.density == pytest.approx(0.5, abs=0.1) for row in pruned)
+
+
+def test_a_plan_is_kept_and_its_weights_fitted(calibration: Path) -> None:
+    model = network()
+    plan = optimize(model, CONFIG).plan
+    unseen = inputs(32, seed=3)
+    dense = run(model, unseen)
+    plain, fitted = (optimize(model, CONFIG, plan=plan, calibration=c) for c in (None, calibration))
+    assert [p.layer for p in fitted.plan] == [p.layer for p in plan]
+    for ours, theirs in zip(fitted.plan, plan, strict=True):
+        np.testing.assert_array_equal(ours.keep, theirs.keep)
+        np.testing.assert_array_equal(ours.in_perm, theirs.in_perm)
+    assert ((run(fitted.model, unseen) - dense) ** 2).mean() < 0.5 * ((run(plain.model, unseen) - dense) ** 2).mean()
+
+
+def test_recovery_is_deterministic_and_leaves_its_inputs_alone(calibration: Path) -> None:
+    model = network()
+    before = model.SerializeToString()
+    one, two = (
+        optimize(model, Config(sparsity=0.5, block_size=(8, 8), workers=n), calibration=calibration) for n in (1, 2)
+    )
+    assert model.SerializeToString() == before
+    assert one.model.SerializeToString() == two.model.SerializeToString()
+
+
+def test_magnitude_importance_still_refits(calibration: Path) -> None:
+    model = network()
+    config = Config(sparsity=0.5, block_size=(8, 8), importance="l1")
+    unseen = inputs(32, seed=3)
+    dense = run(model, unseen)
+    errors = [
+        ((run(optimize(model, config, calibration=c).model, unseen) - dense) ** 2).mean() for c in (None, calibration)
+    ]
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_calibration_that_does_not_fit_is_one_clear_line(tmp_path: Path) -> None:
+    np.savez(tmp_path / "wrong.npz", image=inputs(4, seed=1))
+    with pytest.raises(CalibrationError, match="no array 'x'; found image"):
+        optimize(network(), CONFIG, calibration=tmp_path / "wrong.npz")
+
+
+def test_progress_counts_the_layers(calibration: Path) -> None:
+    calls: list[tuple[str, int, int]] = []
+    optimize(network(), CONFIG, calibration=calibration, progress=lambda *call: calls.append(call))
+    steps = [(done, total) for stage, done, total in calls if stage == "recover"]
+    assert steps == [(i, steps[0][1]) for i in range(steps[0][1] + 1)]
