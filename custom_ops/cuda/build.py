@@ -3,9 +3,9 @@
     python custom_ops/cuda/build.py
 
 writes, into custom_ops/cuda/prebuilt:
-  kernels.tar.xz  kernels.bin (all images, one after the other), kernels.inc (the table of them, C++) and signatures.h
-  resources.csv   what the compiler made of each: registers, spilled bytes, shared memory, tensor core instruction.
-                  tests/custom_ops/cuda/test_resources.py holds rules against it, so that a regression shows without a GPU.
+  kernels.tar.xz  kernels.bin (all images, one after the other), kernels.inc (the table of them, C++), signatures.h
+  resources.csv   what the compiler made of each: registers, spilled bytes, shared memory, tensor core instruction;
+                  tests/custom_ops/cuda/test_resources.py holds rules against it: a regression shows without a GPU
 
 Each variant is compiled for several GPU architectures, and once to PTX for those that have no image of their own, which
 the driver compiles when it loads it. Only plain sm_80 PTX is portable to all later GPUs: the wgmma of sm_90a is not.
@@ -14,6 +14,7 @@ the driver compiles when it loads it. Only plain sm_80 PTX is portable to all la
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
 import dataclasses
 import hashlib
@@ -68,7 +69,7 @@ ITEM_SIZES = {"f16": 2, "bf16": 2, "tf32": 4, "f32": 4}
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """One kernel with its compile-time choices. For the two that are no convolution, only `kernel`, `type`, `layout`."""
+    """One kernel with its compile-time choices; those that are no convolution have `kernel`, `type`, `layout` only."""
 
     kernel: str
     type: str
@@ -92,7 +93,7 @@ class Variant:
         return self.bm < 64 <= self.bn and self.type != "f32"
 
     def stages(self, architecture: int) -> int:
-        """How many steps' tiles are in flight: as many as fit, so that two programs share a multiprocessor where possible."""
+        """How many steps' tiles are in flight."""
         tile = (self.bm + self.bn) * self.bk * ITEM_SIZES[self.type]
         return max(2, min(4, SHARED_MEMORY[architecture] // 1024 * 1024 // tile))
 
@@ -122,23 +123,10 @@ def variants() -> Iterator[Variant]:
             yield Variant("channels_last", kind, layout)
 
 
-def compile_variant(variant: Variant, architecture: int) -> Any:
-    """Triton's compiled kernel."""
-    import kernels
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    function = getattr(kernels, variant.kernel)
-    stages = 2
-    constants: dict[str, Any]
+def constants(variant: Variant, architecture: int) -> dict[str, Any]:
+    """The kernel's compile-time parameters."""
     if variant.kernel == "block_sparse_conv":
-        element = "*" + TRITON_TYPES[variant.type]
-        types = {"x_ptr": element, "w_ptr": element, "bias_ptr": "*fp32", "y_ptr": element}
-        if variant.layout == "split":
-            types["y_ptr"] = "*fp32"
-        stages = variant.stages(architecture)
-        constants = {
+        return {
             "TAPS": variant.taps,
             "BM": variant.bm,
             "BN": variant.bn,
@@ -147,25 +135,38 @@ def compile_variant(variant: Variant, architecture: int) -> Any:
             "LAST": variant.layout == "nhwc",
             "SPLIT": variant.layout == "split",
             "PRECISION": "ieee" if variant.type == "f32" else "tf32",
-            "STAGES": stages,
+            "STAGES": variant.stages(architecture),
         }
-    elif variant.kernel == "sum_splits":
-        types = {"partial_ptr": "*fp32", "bias_ptr": "*fp32", "y_ptr": "*" + TRITON_TYPES[variant.type]}
-        constants = {"BLOCK": 512}
-    else:
+    if variant.kernel == "sum_splits":
+        return {"BLOCK": 512}
+    return {"LAST": variant.layout == "nhwc", "ROUND": variant.type == "tf32", "BC": 32, "BP": 64}
+
+
+def compile_variant(variant: Variant, architecture: int) -> Any:
+    """Triton's compiled kernel."""
+    import kernels
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(kernels, variant.kernel)
+    chosen = constants(variant, architecture)
+    element = "*" + TRITON_TYPES.get(variant.type, variant.type)
+    if variant.kernel == "channels_last":  # moves values as they are
         element = "*i16" if variant.type == "i16" else "*i32"
-        types = {"x_ptr": element, "y_ptr": element}
-        constants = {"LAST": variant.layout == "nhwc", "ROUND": variant.type == "tf32", "BC": 32, "BP": 64}
+    types = {"x_ptr": element, "w_ptr": element, "y_ptr": element, "bias_ptr": "*fp32", "partial_ptr": "*fp32"}
+    if variant.layout == "split":
+        types["y_ptr"] = "*fp32"
     signature = {}
-    for name, kind in parameters(function, constants):
+    for name, kind in parameters(function, chosen):
         signature[name] = types.get(name, {"p": "*i32", "i": "i32", "f": "fp32", "c": "constexpr"}[kind])
     positions = {name: position for position, name in enumerate(function.arg_names)}
     attributes = {(positions[name],): [["tt.divisibility", 16]] for name in DIVISIBLE[variant.kernel]}
-    options = {"num_warps": variant.warps, "num_stages": stages}
+    options = {"num_warps": variant.warps, "num_stages": chosen.get("STAGES", 2)}
     if architecture == PTX:
         options["ptx_version"] = PTX_VERSION
     compiled = triton.compile(
-        ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes),
+        ASTSource(fn=function, signature=signature, constexprs=chosen, attrs=attributes),
         target=GPUTarget("cuda", architecture or 80, 32),
         options=options,
     )
@@ -224,9 +225,23 @@ def resources(cubin: bytes) -> dict[str, Any]:
 
 
 def source_hash() -> str:
-    """Of all that decides what is built."""
-    text = b"".join((HERE / name).read_bytes() for name in ("kernels.py", "build.py"))
-    return hashlib.sha256(text).hexdigest()[:16]
+    """Of all that decides what is built; comments and layout do not."""
+    kernels = ast.parse((HERE / "kernels.py").read_text())
+    choices = [(v, a, constants(v, a)) for v in variants() for a in (*ARCHITECTURES, PTX)]
+    text = repr((ast.dump(kernels), choices, SIGNATURES, DIVISIBLE, TRITON_VERSION, PTX_VERSION))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_archive(path: Path, contents: dict[str, bytes]) -> None:
+    """A tar.xz without times or owners: equal contents make equal files."""
+    with (
+        lzma.open(path, "wb", preset=9 | lzma.PRESET_EXTREME) as packed,
+        tarfile.open(fileobj=packed, mode="w") as archive,
+    ):
+        for name, content in contents.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
 
 
 def build(folder: Path, chosen: list[Variant]) -> None:
@@ -270,27 +285,15 @@ def build(folder: Path, chosen: list[Variant]) -> None:
         for v in chosen
         if v.kernel == "block_sparse_conv"
     )
-    text = (
-        f"{header}constexpr Image kImages[] = {{\n{''.join(table)}}};\n"
-        f"constexpr Tile kTiles[] = {{\n{tiles}}};\n"
-    )
+    text = f"{header}constexpr Image kImages[] = {{\n{''.join(table)}}};\nconstexpr Tile kTiles[] = {{\n{tiles}}};\n"
     signatures = (
         f"{header}#pragma once\n\nnamespace tetris::cuda {{\n"
         + "".join(f'inline constexpr char k_{name}[] = "{kinds}";\n' for name, kinds in SIGNATURES.items())
         + "}\n"
     )
-    contents = (
-        ("kernels.bin", bytes(images)),
-        ("kernels.inc", text.encode()),
-        ("signatures.h", signatures.encode()),
-    )
     folder.mkdir(parents=True, exist_ok=True)
-    with lzma.open(folder / "kernels.tar.xz", "wb", preset=9 | lzma.PRESET_EXTREME) as packed:
-        with tarfile.open(fileobj=packed, mode="w") as archive:  # no times or owners: equal contents make equal files
-            for name, content in contents:
-                entry = tarfile.TarInfo(name)
-                entry.size = len(content)
-                archive.addfile(entry, io.BytesIO(content))
+    contents = {"kernels.bin": bytes(images), "kernels.inc": text.encode(), "signatures.h": signatures.encode()}
+    write_archive(folder / "kernels.tar.xz", contents)
     with (folder / "resources.csv").open("w", newline="") as file:
         file.write(f"# triton {triton.__version__}, source {source_hash()}\n")
         writer = csv.DictWriter(file, list(report[0]), lineterminator="\n")

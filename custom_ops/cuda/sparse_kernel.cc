@@ -13,6 +13,11 @@ namespace tetris::cuda {
 namespace {
 
 constexpr int64_t kInt32 = INT32_MAX;
+// Values of a tensor that one launch may see: its offsets are 32-bit. The tests set it lower.
+#if !defined(TETRIS_CUDA_MAX_VALUES)
+#define TETRIS_CUDA_MAX_VALUES INT32_MAX
+#endif
+constexpr int64_t kMaxValues = TETRIS_CUDA_MAX_VALUES;
 constexpr int64_t kChannelTile = 32, kPixelTile = 64;  // of channels_last
 constexpr int64_t kSumBlock = 512;                     // values that one program of sum_splits adds up
 constexpr int64_t kMaxSplits = 32;
@@ -140,7 +145,7 @@ SparseKernel::Plan SparseKernel::plan(int64_t pixels) const {
     splits = std::max<int64_t>(1, std::min(wanted, most));
     const bool idle = best == nullptr || programs(*best->tile) < processors;
     const int64_t values = checked_product(checked_product(rows_ * bm_, pixels), splits);
-    if (values <= kInt32 && splits > 1 && (idle || forced_splits_ > 1)) return {split->tile, split->kernel, splits};
+    if (values <= kMaxValues && splits > 1 && (idle || forced_splits_ > 1)) return {split->tile, split->kernel, splits};
   }
   if (best == nullptr) {  // a forced tile that this layer has not
     best = &whole_.front();
@@ -152,11 +157,11 @@ void SparseKernel::run(DevicePointer x, int64_t batch, const Size& input, const 
                        StreamHandle* stream) const {
   const int64_t in_volume = volume(input), out_volume = volume(output);
   if (batch == 0 || in_volume == 0 || out_volume == 0) return;
-  // Offsets into a tensor are 32-bit in the kernels: a larger batch is cut.
+  // A larger batch is cut.
   const int64_t image = std::max({checked_product(channels_, in_volume), checked_product(inputs_, in_volume),
                                   checked_product(outputs_, out_volume)});
-  if (image > kInt32) throw std::invalid_argument("one image has more than 2^31 values, too many for the CUDA kernels");
-  const int64_t chunk = std::min(batch, kInt32 / image);
+  if (image > kMaxValues) throw std::invalid_argument("one image has too many values for the CUDA kernels (2^31)");
+  const int64_t chunk = std::min(batch, kMaxValues / image);
   for (size_t d = 0; d < 3; ++d) {
     narrow(checked_product(output[d], window_.strides[d]) + checked_product(window_.kernel[d], window_.dilations[d]));
   }

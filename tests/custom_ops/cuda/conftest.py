@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.custom_ops.cuda import stand_in
@@ -22,6 +24,21 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="session")
 def process_driver(compiled: tuple[Path, Path]) -> stand_in.StandIn:
     return stand_in.StandIn(compiled[1])
+
+
+@pytest.fixture(scope="session", params=["numpy", "triton"])
+def execute(request: pytest.FixtureRequest) -> Callable[[stand_in.Launch], None]:
+    """What runs the kernels: a model of them in numpy, or they themselves in Triton's interpreter."""
+    if request.param == "numpy":
+        return stand_in.run_numpy
+    # Not imported before interpreter.py has asked for the interpreter.
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("the kernels run in Triton's interpreter: Triton is not installed")
+    if tuple(map(int, np.__version__.split(".")[:2])) >= (2, 4):
+        pytest.skip("Triton 3.6's interpreter needs numpy older than 2.4")
+    from tests.custom_ops.cuda import interpreter
+
+    return interpreter.run
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Runs the CUDA ops without a GPU: the op library on onnxruntime's CPU provider, with a stand-in for the driver.
 
-Everything is real up to the launch: node checks, packing, choice of image and tile, uploads, argument marshalling. What a
-launch does then is done here on host memory: by a model of each kernel in numpy, or by the kernels themselves in Triton's
-interpreter, where Triton is installed.
+Everything is real up to the launch: node checks, packing, choice of image and tile, uploads, argument marshalling.
+What a launch does then is done here on host memory: by a model of each kernel in numpy, or by the kernels themselves in
+Triton's interpreter, where Triton is installed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ import build  # noqa: E402  (of the kernels: not a package)
 
 Array = npt.NDArray[Any]
 
+MAX_VALUES = 400_000  # of a tensor in one launch; 2^31 in earnest
+
 
 def kernel_parameters() -> dict[str, list[str]]:
     """The run-time parameters of each kernel, in order, from the source: Triton is not needed for that."""
@@ -56,6 +58,7 @@ def compile_libraries(folder: Path) -> tuple[Path, Path]:
     definitions = [
         "-DTETRIS_CUDA",
         "-DTETRIS_WITHOUT_CPU",
+        f"-DTETRIS_CUDA_MAX_VALUES={MAX_VALUES}",
         '-DTETRIS_CUDA_PROVIDER="CPUExecutionProvider"',
         f'-DTETRIS_CUDA_KERNELS="{folder}"',
         f"-I{folder}",
@@ -125,7 +128,9 @@ class StandIn:
         self.launches.clear()
         self.errors.clear()
 
-    def device(self, capability: int, *, processors: int = 132, shared: int | None = None, version: int = 12080) -> None:
+    def device(
+        self, capability: int, *, processors: int = 132, shared: int | None = None, version: int = 12080
+    ) -> None:
         """What the GPU is from now on, for libraries that have not asked yet."""
         shared = shared or (232448 if capability in (90, 100, 103) else 166912 if capability == 80 else 101376)
         self._library.stand_in_device(capability, processors, shared, version)
@@ -161,11 +166,15 @@ class StandIn:
     def _variant(self, image: int, function: str) -> str:
         if image not in self._found:
             self._found[image] = next(
-                name for name, kernel, data in self._images if kernel == function and ctypes.string_at(image, len(data)) == data
+                name
+                for name, kernel, data in self._images
+                if kernel == function and ctypes.string_at(image, len(data)) == data
             )
         return self._found[image]
 
-    def _launch(self, image: int, name: bytes, grid: Any, threads: int, shared: int, stream: int, parameters: Any) -> int:
+    def _launch(
+        self, image: int, name: bytes, grid: Any, threads: int, shared: int, stream: int, parameters: Any
+    ) -> int:
         try:
             function = name.decode()
             values: dict[str, Any] = {}
@@ -244,9 +253,7 @@ def _conv(launch: Launch) -> None:
     sums = np.zeros((splits, packed_rows * height, pixels), np.float32)
     for tap in range(taps):
         offset = np.unravel_index(tap, kernel)
-        at = [
-            place[d] * a[f"stride_{s}"] - a[f"pad_{s}"] + offset[d] * a[f"dilation_{s}"] for d, s in enumerate("dhw")
-        ]
+        at = [place[d] * a[f"stride_{s}"] - a[f"pad_{s}"] + offset[d] * a[f"dilation_{s}"] for d, s in enumerate("dhw")]
         inside = np.logical_and.reduce([(at[d] >= 0) & (at[d] < size[d]) for d in range(3)])
         values = np.zeros((pixels, a["C"]), np.float32)
         values[inside] = x[n[inside], at[0][inside], at[1][inside], at[2][inside]]
@@ -257,7 +264,9 @@ def _conv(launch: Launch) -> None:
                     if step % taps == tap:
                         tile = begin + step // taps
                         first = channel_tile[tile] * v.bk
-                        sums[split, row * height : (row + 1) * height] += w[tile, tap] @ values[:, first : first + v.bk].T
+                        sums[split, row * height : (row + 1) * height] += (
+                            w[tile, tap] @ values[:, first : first + v.bk].T
+                        )
     if v.layout == "split":
         view(a["y_ptr"], "f32", sums.size)[:] = sums.reshape(-1)
         return

@@ -152,7 +152,7 @@ int cuModuleLoadDataEx(void** module, const void* image, unsigned count, int* op
   if (std::memcmp(bytes, "\x7f" "ELF", 4) == 0) {
     uint32_t flags;
     std::memcpy(&flags, bytes + 48, 4);
-    kind = "cubin sm_" + std::to_string((flags & 0xff) != 0 && (flags >> 8 & 0xff) == 0 ? flags & 0xff : flags >> 8 & 0xff);
+    kind = "cubin sm_" + std::to_string(bytes[8] >= 8 ? flags >> 8 & 0xff : flags & 0xff);  // by version of the format
   } else {
     const char* target = std::strstr(static_cast<const char*>(image), ".target ");
     kind += " " + std::string(target + 8, std::strcspn(target + 8, "\n"));
