@@ -165,7 +165,7 @@ def runnable_samples(
         return random_samples(inputs, n, seed, given, size)
     raise CalibrationError(
         f"the model runs on random inputs of no size tried ({_listing(still_open)}); "
-        f"give the shape (--shape NAME=1x3x224x224) or a data file; it said: {first[:300]}"
+        f"give a data file, or the shape (compare, bench: --shape NAME=1x3x224x224); it said: {first[:300]}"
     )
 
 

@@ -90,6 +90,7 @@ class Config:
     gathers: str = "absorb"  # one of GATHERS
     seed: int = 0
     workers: int | None = None  # processes; None = one per core
+    memory: int = 4 * 2**30  # bytes for the activations of calibration samples; what is more goes to a temporary file
     tolerance: float = 1e-4  # largest error of the verification, relative to max|y|
 
     def __post_init__(self) -> None:
@@ -102,6 +103,8 @@ class Config:
             raise ConfigError(f"seed: expected an integer from 0, found {self.seed!r}")
         if self.workers is not None and (not _is_int(self.workers) or self.workers < 1):
             raise ConfigError(f"workers: expected an integer from 1, found {self.workers!r}")
+        if not _is_int(self.memory) or self.memory < 0:
+            raise ConfigError(f"memory: expected a number of bytes, found {self.memory!r}")
         if not _is_number(self.tolerance) or not 0 < self.tolerance < math.inf:
             raise ConfigError(f"tolerance: expected a number above 0, found {self.tolerance!r}")
 

@@ -6,6 +6,7 @@ holds no weights, so a plan made for one export of a model can be applied to ano
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tetris_onnx.algorithms.permutation import is_permutation
+
 _FORMAT = "tetris-onnx plan 1"
 _FIELDS = ("out_perm", "in_perm", "block_size", "keep")
+# A model of a hundred billion weights has a plan of some hundred megabytes; a file that claims more is an attack.
+_MAX_BYTES = 2**30
 
 
 class PlanError(ValueError):
@@ -39,13 +44,17 @@ class LayerPlan:
 
     def __post_init__(self) -> None:
         for name, perm in (("out_perm", self.out_perm), ("in_perm", self.in_perm)):
-            if perm.ndim != 1 or perm.size == 0 or not np.array_equal(np.sort(perm), np.arange(perm.size)):
+            if perm.dtype != np.int64 or perm.size == 0 or not is_permutation(perm):
                 raise PlanError(f"layer {self.layer!r}: {name} is no permutation")
-        if len(self.block_size) != 2 or min(self.block_size) < 1:
-            raise PlanError(f"layer {self.layer!r}: block size {self.block_size} is not two positive numbers")
+        sizes = self.block_size
+        if len(sizes) != 2 or not all(
+            isinstance(b, int) and 1 <= b <= n for n, b in zip(self.shape, sizes, strict=True)
+        ):
+            raise PlanError(f"layer {self.layer!r}: block size {sizes} is not two numbers from 1 to {self.shape}")
         grid = tuple(-(-n // b) for n, b in zip(self.shape, self.block_size, strict=True))
         if self.keep.dtype != np.bool_ or self.keep.shape != grid:
-            raise PlanError(f"layer {self.layer!r}: the keep mask is {self.keep.shape}, its blocks make {grid}")
+            found = f"{self.keep.dtype} {self.keep.shape}"
+            raise PlanError(f"layer {self.layer!r}: the keep mask is {found}, its blocks make bool {grid}")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -109,9 +118,13 @@ class Plan:
     def load(path: str | Path) -> Plan:
         """Read what `save` wrote. Raises `PlanError` for any other content."""
         try:
+            with zipfile.ZipFile(path) as archive:
+                size = sum(member.file_size for member in archive.infolist())
+            if size > _MAX_BYTES:
+                raise PlanError(f"its content takes {size} bytes, more than any plan does")
             with np.load(Path(path), allow_pickle=False) as file:
                 if "format" not in file or str(file["format"]) != _FORMAT:
-                    raise PlanError(f"{path}: not a plan of tetris-onnx")
+                    raise PlanError("not a plan of tetris-onnx")
                 layers = []
                 for i, name in enumerate(file["layers"]):
                     out_perm, in_perm, block_size, keep = (file[f"{i}.{field}"] for field in _FIELDS)
@@ -120,7 +133,7 @@ class Plan:
                 return Plan(tuple(layers))
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from None
-        except FileNotFoundError:
-            raise PlanError(f"{path}: no such file") from None
-        except Exception as error:  # np.load raises many types for broken or hostile files
-            raise PlanError(f"{path}: not a plan of tetris-onnx ({error})") from None
+        except OSError as error:
+            raise PlanError(f"{path}: {(error.strerror or str(error)).lower()}") from None
+        except Exception:  # zipfile and np.load raise many types for broken or hostile files
+            raise PlanError(f"{path}: not a plan of tetris-onnx, or damaged") from None

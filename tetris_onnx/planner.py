@@ -55,7 +55,7 @@ def inspect(model: str | Path | onnx.ModelProto, config: Config | None = None) -
     Raises `ModelError` for a file that is no model.
     """
     proto = io.raise_opset(io.load(model) if isinstance(model, (str, Path)) else model)
-    return [_describe(c, None, None) for c in survey(prepare(io.to_graph(proto)), config or Config())]
+    return [describe(c, None, None) for c in survey(prepare(io.to_graph(proto)), config or Config())]
 
 
 def prepare(graph: gs.Graph) -> gs.Graph:
@@ -90,8 +90,9 @@ def make_plan(graph: gs.Graph, config: Config, progress: Progress | None = None)
         if candidate.why_dense:
             job_of.append(None)
             continue
-        axes = _free_axes(candidate, config)
-        key = id(candidate.layer.node.inputs[1]), candidate.block_size, candidate.options.sparsity, axes
+        axes = free_axes(candidate, config)
+        layer, sparsity = candidate.layer, candidate.options.sparsity
+        key = id(layer.node.inputs[1]), layer.stored_transposed, candidate.block_size, sparsity, axes
         if key not in jobs:
             jobs[key] = len(tasks)
             scores = _scores(candidate.layer, config)
@@ -102,13 +103,13 @@ def make_plan(graph: gs.Graph, config: Config, progress: Progress | None = None)
     plans, rows = [], []
     for candidate, job in zip(candidates, job_of, strict=True):
         if job is None:
-            rows.append(_describe(candidate, None, None))
+            rows.append(describe(candidate, None, None))
             continue
         result = found[job]
         out_perm, in_perm = result.perms
         plan = LayerPlan(candidate.layer.name, out_perm, in_perm, candidate.block_size, result.keep)
         plans.append(plan)
-        rows.append(_describe(candidate, plan, (result.retained, result.baseline)))
+        rows.append(describe(candidate, plan, (result.retained, result.baseline)))
     return Plan(tuple(plans)), rows
 
 
@@ -135,14 +136,14 @@ def match_plan(graph: gs.Graph, plan: Plan, config: Config) -> list[LayerReport]
         decision = plan.get(candidate.layer.name)
         if decision is None:
             reason = candidate.layer.why_dense or "it is not in the plan"
-            rows.append(_describe(replace(candidate, why_dense=reason), None, None))
+            rows.append(describe(replace(candidate, why_dense=reason), None, None))
             continue
         scores = _scores(candidate.layer, config)
         sums = block_sums(scores[decision.out_perm][:, decision.in_perm], decision.block_size)
         plain = np.sort(block_sums(scores, decision.block_size), axis=None)[::-1]
         total = float(sums.sum()) or 1.0
         shares = float(sums[decision.keep].sum()) / total, float(plain[: decision.keep.sum()].sum()) / total
-        rows.append(_describe(replace(candidate, why_dense=""), decision, shares))
+        rows.append(describe(replace(candidate, why_dense=""), decision, shares))
     return rows
 
 
@@ -170,10 +171,12 @@ def _judge(layer: Layer, config: Config, first: bool, last: bool) -> Candidate:
                 reason = f"its {shape[1]} x {shape[0]} channels leave blocks of {rows}x{columns}, too small to be fast"
             elif work is not None and work < _FEWEST_MULTIPLICATIONS:
                 reason = f"with {work} multiplications it is too small to gain"
+        if not reason and not np.isfinite(layer.weight).all():
+            reason = "its weight holds NaN or infinite values"
     return Candidate(layer, options, block, first, last, reason)
 
 
-def _free_axes(candidate: Candidate, config: Config) -> tuple[int, ...]:
+def free_axes(candidate: Candidate, config: Config) -> tuple[int, ...]:
     """The axes whose order is free: a Gather at a border of the model would have no partner to merge with."""
     if config.gathers == "absorb":
         return 0, 1
@@ -184,9 +187,10 @@ def _scores(layer: Layer, config: Config) -> NDArray:
     return importance(layer.weight, "l2" if config.importance == "l2" else "l1")
 
 
-def _search(
+def search_order(
     scores: NDArray, block_size: tuple[int, int], sparsity: float, axes: tuple[int, ...], method: str, seed: int
 ) -> Reordering:
+    """Permutations and keep mask of one layer for an importance ``scores`` [out, in]."""
     return reorder(scores, BlockPruner(block_size, sparsity), axes, method, seed=seed)  # type: ignore[arg-type]
 
 
@@ -206,10 +210,11 @@ def _run(tasks: Sequence[tuple], workers: int | None, progress: Progress | None)
 
 
 def _numbered(index: int, task: tuple) -> tuple[int, Reordering]:
-    return index, _search(*task)
+    return index, search_order(*task)
 
 
-def _describe(candidate: Candidate, plan: LayerPlan | None, shares: tuple[float, float] | None) -> LayerReport:
+def describe(candidate: Candidate, plan: LayerPlan | None, shares: tuple[float, float] | None) -> LayerReport:
+    """The row of one layer. ``shares``: of the importance retained with and without reordering."""
     layer = candidate.layer
     known = (
         len(layer.node.inputs) > 1
@@ -246,6 +251,6 @@ def _reachable(graph: gs.Graph, start: Sequence[gs.Tensor], stops: set[int], dow
         for node in tensor.outputs if downwards else tensor.inputs:
             if id(node) not in seen:
                 seen.add(id(node))
-                if id(node) not in stops:
+                if id(node) not in stops and node.op not in ("Shape", "Size"):
                     todo += node.outputs if downwards else node.inputs
     return seen

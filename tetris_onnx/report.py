@@ -41,6 +41,7 @@ class LayerReport:
     macs: int | None  # multiplications per sample of the dense layer; None = shape unknown
     status: str  # "block-sparse", "dense" or, from an inspection, "prunable"
     reason: str  # why it stays dense; "" otherwise
+    output_error: float | None = None  # squared error of its output over the variance, on the calibration samples
 
     @property
     def kept_macs(self) -> int | None:

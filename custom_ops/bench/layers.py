@@ -92,7 +92,10 @@ def one_node_model(
 def timer(model: bytes, x: np.ndarray, threads: int) -> tuple[Callable[[], float], np.ndarray]:
     """A function that runs the model once and returns the seconds it took, and the model's output."""
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    if threads > 1:
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = 1
     session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     y = session.run(None, {"x": x})[0]
     binding = session.io_binding()
@@ -175,7 +178,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="for each layer")
     parser.add_argument("--layers", help="only the layers whose name holds this")
     arguments = parser.parse_args()
-    print(f"{'layer':<14} {'dense ms':>9} {'GFLOP/s':>8} {'sparse ms':>9} {'density':>8} {'speed-up':>8} {'fraction':>8}")
+    if arguments.threads > 1:
+        # One pool for both sessions: after a run, a session's own threads would go on spinning into the other's time.
+        onnxruntime.set_global_thread_pool_sizes(arguments.threads, 1)
+    print(f"{'layer':<14} {'dense ms':>9} {'GFLOP/s':>8} {'sparse ms':>9} {'density':>8} {'speed-up':>8} fraction")
     total_dense = total_sparse = total_ideal = 0.0
     for layer in read_layers(arguments.shapes):
         if arguments.layers and arguments.layers not in layer.name:

@@ -9,8 +9,8 @@ namespace {
 
 // Input that one strip reads: it stays in the second-level cache while all block rows go over it.
 constexpr int64_t kStripBytes = 384 << 10;
-// An input up to this size is not cut into strips.
-constexpr int64_t kWholeBytes = 1 << 20;
+// An input up to this size is not cut into strips: it is in the cache often enough.
+constexpr int64_t kWholeBytes = 2 << 20;
 // Maps up to this many pixels are copied into a row-padded panel, larger ones are read in place: there, the few tiles
 // at the upper and the lower edge, which need a mask for each tap, weigh less than the copy.
 constexpr int64_t kPanelPixels = 28 * 28;
@@ -19,6 +19,8 @@ constexpr int64_t kItemsPerThread = 4;
 constexpr size_t kMaxPlans = 8;
 // Floats after the packed weights that prefetches may name.
 constexpr size_t kPrefetchPadding = 8192;
+// Floats after the packed bias that a vector of rows may touch (and ignore).
+constexpr size_t kBiasPadding = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -80,7 +82,7 @@ ConvKernel::ConvKernel(const ConvAttributes& attributes, const BlockSparseWeight
   }
 
   weight_ = Buffer(static_cast<size_t>(weight_size) + kPrefetchPadding);
-  bias_ = Buffer(static_cast<size_t>(bias_size));
+  bias_ = Buffer(static_cast<size_t>(bias_size) + kBiasPadding);
   for (int64_t r = 0; r < weight.block_rows(); ++r) {
     const BlockRow& block_row = block_rows_[static_cast<size_t>(r)];
     for (size_t g = block_row.group_begin; g < block_row.group_end; ++g) {
@@ -120,8 +122,9 @@ ConvKernel::~ConvKernel() = default;
 // Where everything lies for one input size. The kernel reads its input either in place (`direct`) or from a panel:
 // a copy, for a strip of output rows, in which each tap of each output pixel p lies at a constant distance from p:
 //   panel[channel][phase][inner tap][row][inner output pixel],
-// with a phase for each remainder of the outer position modulo the outer stride. For a kernel three wide that keeps the
-// width, the inner taps need no copies of their own: a shift by one pixel, with the sides masked, gives the same.
+// with a phase for each remainder of the outer position modulo the outer stride. For a kernel three wide, padded by one,
+// not every inner tap needs a plane of its own: a shift by one pixel, with the sides masked, gives the same. One plane is
+// enough for stride 1, two (of the even and the odd columns) for stride 2.
 struct ConvKernel::Plan {
   struct Tile {
     int64_t source, pixel;  // offsets into the source's channel and the output's
@@ -136,14 +139,18 @@ struct ConvKernel::Plan {
   struct Phase {
     int64_t remainder, offset, extra_rows, rows;
   };
-  // Of the inner output positions, those that a tap finds inside the input.
+  // What a tap sees along one dimension: output position i is the input's i * stride + offset, inside the input for
+  // begin <= i < end.
+  struct View {
+    int64_t offset, begin, end;
+  };
   struct InnerTap {
-    int64_t middle_offset, inner_offset, inner_begin, inner_end;
+    View middle, inner;
   };
 
   Spatial input, output;
   int64_t input_plane, output_plane;
-  bool direct, side_masked;
+  bool pointwise, direct, side_masked;
   std::vector<Tile> tiles;
   std::vector<uint32_t> masks;
   std::vector<Strip> strips;
@@ -154,6 +161,9 @@ struct ConvKernel::Plan {
   std::vector<Phase> phases;
   std::vector<InnerTap> inner_taps;
   int64_t channel_stride = 0, panel_size = 0;
+  // The taps of the last pixels of a side-masked strip, sides applied: [channel][tap][tail_width], after the panel.
+  std::vector<int64_t> tail_channel_offset, tail_tap_offset;
+  int64_t tail_begin = 0, tail_width = 0;
 };
 
 // Floats before and after a panel that a vector may touch (and ignore) beyond its ends.
@@ -184,120 +194,151 @@ std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& inp
   for (const int64_t channel : output_perm_) plan.row_offset.push_back(channel * plan.output_plane);
   if (plan.output_plane == 0) return owner;
 
-  const bool pointwise = taps_ == 1 && a.strides == Spatial{1, 1, 1} && a.pads_begin == Spatial{0, 0, 0} &&
-                         a.pads_end == Spatial{0, 0, 0};
+  plan.pointwise = taps_ == 1 && a.strides == Spatial{1, 1, 1} && a.pads_begin == Spatial{0, 0, 0} &&
+                   a.pads_end == Spatial{0, 0, 0};
   plan.side_masked = a.kernel[1] == 1 && a.strides[1] == 1 && a.pads_begin[1] == 0 && a.pads_end[1] == 0 &&
-                     input[1] == 1 && a.kernel[2] == 3 && a.strides[2] == 1 && a.dilations[2] == 1 &&
-                     a.pads_begin[2] == 1 && a.pads_end[2] == 1;
-  plan.direct = pointwise || (plan.side_masked && a.strides[0] == 1 && plan.output_plane > kPanelPixels);
+                     input[1] == 1 && a.kernel[2] == 3 && a.dilations[2] == 1 && a.pads_begin[2] == 1 &&
+                     ((a.strides[2] == 1 && a.pads_end[2] == 1) || a.strides[2] == 2);
+  plan.direct = plan.pointwise || (plan.side_masked && a.strides[0] == 1 && a.strides[2] == 1 &&
+                                   plan.output_plane > kPanelPixels);
+  if (plan.direct) {
+    read_in_place(plan);
+  } else {
+    read_from_panel(plan);
+  }
+  if (plan.side_masked || plan.direct) add_masks(plan);
+  return owner;
+}
+
+void ConvKernel::read_in_place(Plan& plan) const {
+  const ConvAttributes& a = attributes_;
+  for (int64_t i = 0; i < taps_; ++i) {
+    const int64_t row = i / a.kernel[2] * a.dilations[0] - a.pads_begin[0];
+    plan.tap_offset.push_back(row * plan.output[2] + i % a.kernel[2] - a.pads_begin[2]);
+  }
+  for (const int64_t c : channel_) plan.channel_offset.push_back(c * plan.input_plane);
+  // An even number of strips: an odd one leaves one of two threads idle at the end.
+  const int64_t tile_pixels = kernels_.conv_vectors * kernels_.lanes;
+  const int64_t input_bytes = static_cast<int64_t>(used_.size()) * plan.input_plane * 4;
+  const int64_t tiles = ceil_div(plan.output_plane, tile_pixels);
+  int64_t strips = input_bytes <= kWholeBytes ? 1 : ceil_div(input_bytes, 2 * kStripBytes) * 2;
+  strips = std::min(strips, tiles);
+  for (int64_t s = 0; s < strips; ++s) {
+    const int64_t begin = tiles * s / strips * tile_pixels;
+    const int64_t end = std::min(tiles * (s + 1) / strips * tile_pixels, plan.output_plane);
+    add_strip(plan, 0, 0, begin, end - begin);
+  }
+}
+
+void ConvKernel::read_from_panel(Plan& plan) const {
+  const ConvAttributes& a = attributes_;
   const int64_t width = plan.output[2];
   const int64_t inner = plan.output[1] * width;
-  const int64_t lanes = kernels_.lanes;
-  const int64_t input_bytes = static_cast<int64_t>(used_.size()) * plan.input_plane * 4;
-
-  // Adds the tiles of `pixels` output pixels that begin at `pixel`, and the strip they make.
-  auto add_strip = [&](int64_t first_row, int64_t rows, int64_t pixel, int64_t pixels) {
-    const size_t begin = plan.tiles.size();
-    for (int64_t done = 0; done < pixels;) {
-      // Three vectors at a time; four are two and two, as one vector alone keeps the multipliers waiting for loads.
-      const int64_t left = ceil_div(pixels - done, lanes);
-      const int64_t most = kernels_.conv_vectors;
-      const int64_t vectors = left == most + 1 ? ceil_div(left, 2) : std::min(left, most);
-      const int64_t last = std::min(lanes, pixels - done - (vectors - 1) * lanes);
-      plan.tiles.push_back({plan.direct ? pixel + done : done, pixel + done, static_cast<int>(vectors),
-                            static_cast<int>(last), TapMode::kPlain, 0});
-      done += vectors * lanes;
-    }
-    plan.strips.push_back({first_row, rows, begin, plan.tiles.size()});
+  auto view = [](int64_t offset, int64_t stride, int64_t size, int64_t input_size) {
+    const int64_t begin = offset < 0 ? std::min(size, ceil_div(-offset, stride)) : 0;
+    const int64_t room = input_size - offset;  // positions from the first to the input's end
+    return Plan::View{offset, begin, std::max(begin, room <= 0 ? 0 : std::min(size, ceil_div(room, stride)))};
   };
-
-  if (plan.direct) {
-    for (int64_t i = 0; i < taps_; ++i) {
-      const int64_t row = i / a.kernel[2] * a.dilations[0] - a.pads_begin[0];
-      plan.tap_offset.push_back(row * width + i % a.kernel[2] - a.pads_begin[2]);
-    }
-    for (const int64_t c : channel_) plan.channel_offset.push_back(c * plan.input_plane);
-    // An even number of strips: an odd one leaves one of two threads idle at the end.
-    const int64_t tile_pixels = kernels_.conv_vectors * lanes;
-    const int64_t tiles = ceil_div(plan.output_plane, tile_pixels);
-    int64_t strips = input_bytes <= kWholeBytes ? 1 : ceil_div(input_bytes, 2 * kStripBytes) * 2;
-    strips = std::min(strips, tiles);
-    for (int64_t s = 0; s < strips; ++s) {
-      const int64_t begin = tiles * s / strips * tile_pixels;
-      const int64_t end = std::min(tiles * (s + 1) / strips * tile_pixels, plan.output_plane);
-      add_strip(0, 0, begin, end - begin);
-    }
-  } else {
-    plan.inner_taps.push_back({0, 0, 0, width});
-    if (!plan.side_masked) {
-      plan.inner_taps.clear();
-      for (int64_t i = 0; i < a.kernel[1] * a.kernel[2]; ++i) {
-        Plan::InnerTap tap{};
-        tap.middle_offset = i / a.kernel[2] * a.dilations[1] - a.pads_begin[1];
-        tap.inner_offset = i % a.kernel[2] * a.dilations[2] - a.pads_begin[2];
-        const int64_t stride = a.strides[2];
-        tap.inner_begin = tap.inner_offset < 0 ? std::min(width, ceil_div(-tap.inner_offset, stride)) : 0;
-        const int64_t room = input[2] - tap.inner_offset;  // positions from the first to the input's end
-        tap.inner_end = std::max(tap.inner_begin, room <= 0 ? 0 : std::min(width, ceil_div(room, stride)));
-        plan.inner_taps.push_back(tap);
-      }
-    }
-    const int64_t inner_count = static_cast<int64_t>(plan.inner_taps.size());
-    const int64_t stride = a.strides[0];
-    for (int64_t k = 0; k < a.kernel[0]; ++k) {
-      const int64_t remainder = k * a.dilations[0] % stride, extra = k * a.dilations[0] / stride;
-      auto phase = std::find_if(plan.phases.begin(), plan.phases.end(),
-                                [&](const Plan::Phase& p) { return p.remainder == remainder; });
-      if (phase == plan.phases.end()) phase = plan.phases.insert(phase, {remainder, 0, 0, 0});
-      phase->extra_rows = std::max(phase->extra_rows, extra);
-    }
-    const int64_t row_bytes = checked_product(
-        checked_product(static_cast<int64_t>(used_.size()), inner * 4),
-        checked_product(inner_count, static_cast<int64_t>(plan.phases.size())));
-    const int64_t total_rows = plan.output[0];
-    int64_t strips = 1;
-    if (row_bytes > 0 && total_rows > kWholeBytes / row_bytes) {
-      const int64_t rows = std::max<int64_t>(1, kStripBytes / row_bytes);
-      strips = ceil_div(total_rows, rows);
-    }
-    const int64_t strip_rows = ceil_div(total_rows, strips);
-    int64_t offset = 0;
-    for (Plan::Phase& phase : plan.phases) {
-      phase.offset = offset;
-      phase.rows = strip_rows + phase.extra_rows;
-      offset += checked_product(checked_product(phase.rows, inner), inner_count);
-    }
-    // Whole cache lines, and not a multiple of 512 bytes: channels must not fight for the same lines of the cache.
-    plan.channel_stride = ceil_div(offset, 16) * 16;
-    if (plan.channel_stride % 128 == 0) plan.channel_stride += 16;
-    plan.panel_size =
-        checked_product(plan.channel_stride, static_cast<int64_t>(used_.size())) + 2 * kPanelSlack;
-    for (int64_t k = 0; k < a.kernel[0]; ++k) {
-      const int64_t remainder = k * a.dilations[0] % stride, extra = k * a.dilations[0] / stride;
-      const auto phase = std::find_if(plan.phases.begin(), plan.phases.end(),
-                                      [&](const Plan::Phase& p) { return p.remainder == remainder; });
-      const int64_t inner_kernel = a.kernel[1] * a.kernel[2];
-      for (int64_t i = 0; i < inner_kernel; ++i) {
-        const int64_t start = phase->offset + extra * inner;
-        plan.tap_offset.push_back(plan.side_masked ? start + i - 1 : start + i * phase->rows * inner);
-      }
-    }
+  const int64_t planes = plan.side_masked ? a.strides[2] : a.kernel[1] * a.kernel[2];
+  for (int64_t i = 0; i < planes; ++i) {
+    const int64_t middle = plan.side_masked ? 0 : i / a.kernel[2] * a.dilations[1] - a.pads_begin[1];
+    const int64_t column = plan.side_masked ? i : i % a.kernel[2] * a.dilations[2] - a.pads_begin[2];
+    plan.inner_taps.push_back({view(middle, a.strides[1], plan.output[1], plan.input[1]),
+                               view(column, a.strides[2], width, plan.input[2])});
+  }
+  const int64_t inner_count = static_cast<int64_t>(plan.inner_taps.size());
+  const int64_t stride = a.strides[0];
+  for (int64_t k = 0; k < a.kernel[0]; ++k) {
+    const int64_t remainder = k * a.dilations[0] % stride, extra = k * a.dilations[0] / stride;
+    auto phase = std::find_if(plan.phases.begin(), plan.phases.end(),
+                              [&](const Plan::Phase& p) { return p.remainder == remainder; });
+    if (phase == plan.phases.end()) phase = plan.phases.insert(phase, {remainder, 0, 0, 0});
+    phase->extra_rows = std::max(phase->extra_rows, extra);
+  }
+  const int64_t row_bytes = checked_product(
+      checked_product(static_cast<int64_t>(used_.size()), inner * 4),
+      checked_product(inner_count, static_cast<int64_t>(plan.phases.size())));
+  const int64_t total_rows = plan.output[0];
+  int64_t strips = 1;
+  if (row_bytes > 0 && total_rows > kWholeBytes / row_bytes) {
+    const int64_t rows = std::max<int64_t>(1, kStripBytes / row_bytes);
+    strips = ceil_div(total_rows, rows);
+  }
+  const int64_t strip_rows = ceil_div(total_rows, strips);
+  int64_t offset = 0;
+  for (Plan::Phase& phase : plan.phases) {
+    phase.offset = offset;
+    phase.rows = strip_rows + phase.extra_rows;
+    offset += checked_product(checked_product(phase.rows, inner), inner_count);
+  }
+  // Whole cache lines, and not a multiple of 512 bytes: channels must not fight for the same lines of the cache.
+  plan.channel_stride = ceil_div(offset, 16) * 16;
+  if (plan.channel_stride % 128 == 0) plan.channel_stride += 16;
+  plan.tail_begin = checked_product(plan.channel_stride, static_cast<int64_t>(used_.size())) + kPanelSlack;
+  if (plan.side_masked) {
+    plan.tail_width = kernels_.tail_pixels;
+    for (int64_t t = 0; t < taps_; ++t) plan.tail_tap_offset.push_back(t * plan.tail_width);
     for (const int64_t c : channel_) {
-      plan.channel_offset.push_back(slot_[static_cast<size_t>(c)] * plan.channel_stride);
-    }
-    for (int64_t row = 0; row < total_rows; row += strip_rows) {
-      const int64_t rows = std::min(strip_rows, total_rows - row);
-      add_strip(row, rows, row * inner, rows * inner);
+      plan.tail_channel_offset.push_back(plan.tail_begin + slot_[static_cast<size_t>(c)] * taps_ * plan.tail_width);
     }
   }
+  plan.panel_size = plan.tail_begin + kPanelSlack +
+                    checked_product(static_cast<int64_t>(used_.size()), taps_ * plan.tail_width);
+  for (int64_t k = 0; k < a.kernel[0]; ++k) {
+    const int64_t remainder = k * a.dilations[0] % stride, extra = k * a.dilations[0] / stride;
+    const auto phase = std::find_if(plan.phases.begin(), plan.phases.end(),
+                                    [&](const Plan::Phase& p) { return p.remainder == remainder; });
+    const int64_t inner_kernel = a.kernel[1] * a.kernel[2];
+    for (int64_t i = 0; i < inner_kernel; ++i) {
+      // Side-masked taps see columns -1, 0 and 1 of each pixel: with stride 2, planes 1 (of the pixel before), 0, 1.
+      const int64_t plane = !plan.side_masked ? i : a.strides[2] == 1 ? 0 : i != 1;
+      const int64_t shift = !plan.side_masked ? 0 : a.strides[2] == 1 ? i - 1 : i == 0 ? -1 : 0;
+      plan.tap_offset.push_back(phase->offset + (extra + plane * phase->rows) * inner + shift);
+    }
+  }
+  for (const int64_t c : channel_) {
+    plan.channel_offset.push_back(slot_[static_cast<size_t>(c)] * plan.channel_stride);
+  }
+  for (int64_t row = 0; row < total_rows; row += strip_rows) {
+    const int64_t rows = std::min(strip_rows, total_rows - row);
+    add_strip(plan, row, rows, row * inner, rows * inner);
+  }
+}
 
-  // Masks. A tap of an output pixel counts where it lies inside the input, and a lane where its pixel exists.
-  if (!plan.side_masked && !plan.direct) return owner;
+// Adds the tiles of `pixels` output pixels that begin at `pixel`, and the strip they make.
+void ConvKernel::add_strip(Plan& plan, int64_t first_row, int64_t rows, int64_t pixel, int64_t pixels) const {
+  const int64_t lanes = kernels_.lanes;
+  const size_t begin = plan.tiles.size();
+  const int64_t source = plan.direct ? pixel : 0;
+  // In place, only a pointwise kernel finds each tap of the last pixels inside the input.
+  int64_t tail = plan.direct && !plan.pointwise ? 0 : pixels % lanes;
+  if (tail > kernels_.tail_pixels) tail = 0;
+  for (int64_t done = 0; done < pixels - tail;) {
+    // Three vectors at a time; four are two and two, as one vector alone keeps the multipliers waiting for loads.
+    const int64_t left = ceil_div(pixels - tail - done, lanes);
+    const int64_t most = kernels_.conv_vectors;
+    const int64_t vectors = left == most + 1 ? ceil_div(left, 2) : std::min(left, most);
+    const int64_t last = std::min(lanes, pixels - tail - done - (vectors - 1) * lanes);
+    plan.tiles.push_back({source + done, pixel + done, static_cast<int>(vectors), static_cast<int>(last),
+                          TapMode::kPlain, 0});
+    done += vectors * lanes;
+  }
+  if (tail > 0) {
+    const int64_t done = pixels - tail;
+    plan.tiles.push_back({source + done, pixel + done, 0, static_cast<int>(tail), TapMode::kTail, 0});
+  }
+  plan.strips.push_back({first_row, rows, begin, plan.tiles.size()});
+}
+
+// A tap of an output pixel counts where it lies inside the input, and a lane where its pixel exists.
+void ConvKernel::add_masks(Plan& plan) const {
+  const ConvAttributes& a = attributes_;
+  const int64_t width = plan.output[2], lanes = kernels_.lanes;
   for (Plan::Tile& tile : plan.tiles) {
+    if (tile.mode == TapMode::kTail) continue;
     const int64_t count = (tile.vectors - 1) * lanes + tile.last_lanes;
     std::vector<uint32_t> side(static_cast<size_t>(2 * tile.vectors), 0);
     std::vector<uint32_t> every(static_cast<size_t>(taps_ * tile.vectors), 0);
-    bool sides = false;
     bool ends = tile.last_lanes < lanes;
     for (int64_t p = 0; p < count; ++p) {
       const int64_t row = (tile.pixel + p) / width, column = (tile.pixel + p) % width;
@@ -305,20 +346,18 @@ std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& inp
       const uint32_t bit = 1U << (p % lanes);
       if (plan.side_masked) {
         if (column > 0) side[v] |= bit;
-        if (column + 1 < width) side[vectors + v] |= bit;
-        sides = sides || column == 0 || column + 1 == width;
+        if (column + 1 < width || a.strides[2] == 2) side[vectors + v] |= bit;
       }
       for (int64_t t = 0; plan.direct && t < taps_; ++t) {
         const int64_t in_row = row + t / a.kernel[2] * a.dilations[0] - a.pads_begin[0];
         const int64_t in_column = column + t % a.kernel[2] - a.pads_begin[2];
-        const int64_t in_outer = pointwise ? 0 : in_row;
-        if (pointwise || (in_outer >= 0 && in_outer < input[0] && in_column >= 0 && in_column < width)) {
-          every[static_cast<size_t>(t) * vectors + v] |= bit;
-        }
-        ends = ends || (!pointwise && (in_outer < 0 || in_outer >= input[0]));
+        const bool row_inside = plan.pointwise || (in_row >= 0 && in_row < plan.input[0]);
+        const bool column_inside = plan.pointwise || (in_column >= 0 && in_column < width);
+        if (row_inside && column_inside) every[static_cast<size_t>(t) * vectors + v] |= bit;
+        ends = ends || !row_inside;
       }
     }
-    if (plan.direct && !pointwise) {
+    if (plan.direct && !plan.pointwise) {
       // The first and the last float that an unmasked tile would load.
       ends = ends || tile.source + plan.tap_offset.front() < 0 ||
              tile.source + tile.vectors * lanes - 1 + plan.tap_offset.back() >= plan.input_plane;
@@ -327,12 +366,11 @@ std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& inp
     if (plan.direct && ends) {
       tile.mode = TapMode::kEveryMasked;
       plan.masks.insert(plan.masks.end(), every.begin(), every.end());
-    } else if (sides) {
+    } else if (plan.side_masked) {
       tile.mode = TapMode::kSideMasked;
       plan.masks.insert(plan.masks.end(), side.begin(), side.end());
     }
   }
-  return owner;
 }
 
 // One run, divided into work items. A stage is one strip of one image.
@@ -386,20 +424,23 @@ struct ConvKernel::Work {
 
   void run_tiles(const BlockRow& block_row, const float* source, float* to, size_t begin, size_t end) const {
     ConvTile call{};
-    call.channel_offset = plan.channel_offset.data() + block_row.channel_begin;
     call.channels = block_row.channel_count;
-    call.tap_offset = plan.tap_offset.data();
     call.taps = kernel.taps_;
     call.low = kernel.activation_.low;
     call.high = kernel.activation_.high;
     for (size_t i = begin; i < end; ++i) {
       const Plan::Tile& tile = plan.tiles[i];
-      call.x = source + tile.source;
+      const bool packed_tail = tile.mode == TapMode::kTail && plan.tail_width > 0;
+      call.x = packed_tail ? source : source + tile.source;
+      call.tap_offset = packed_tail ? plan.tail_tap_offset.data() : plan.tap_offset.data();
+      call.channel_offset =
+          (packed_tail ? plan.tail_channel_offset : plan.channel_offset).data() + block_row.channel_begin;
       call.y = to + tile.pixel;
       call.vectors = tile.vectors;
       call.last_lanes = tile.last_lanes;
       call.mode = tile.mode;
       call.masks = plan.masks.data() + tile.masks;
+      call.distant_taps = static_cast<int>(kernel.attributes_.strides[2]);
       for (size_t g = block_row.group_begin; g < block_row.group_end; ++g) {
         const RowGroup& group = kernel.groups_[g];
         call.weight = kernel.weight_.data() + group.weight;
@@ -417,13 +458,20 @@ struct ConvKernel::Work {
     const Plan::Strip& strip = plan.strips[static_cast<size_t>(stage) % plan.strips.size()];
     const int64_t image = stage / static_cast<int64_t>(plan.strips.size());
     const ConvAttributes& a = kernel.attributes_;
-    const int64_t inner = plan.output[1] * plan.output[2];
+    const int64_t width = plan.output[2], inner = plan.output[1] * width;
     const int64_t inner_input = plan.input[1] * plan.input[2];
     const int64_t stride = a.strides[0];
     // Rows that are copied as they are need no loop over rows.
-    const bool as_is = plan.side_masked || (inner == inner_input && a.kernel[1] == 1 && a.kernel[2] == 1 &&
+    const bool as_is = (plan.side_masked && a.strides[2] == 1) || (inner == inner_input && a.kernel[1] == 1 && a.kernel[2] == 1 &&
                                             a.strides[1] == 1 && a.strides[2] == 1 && a.pads_begin[1] == 0 &&
                                             a.pads_begin[2] == 0);
+    const Plan::Tile& last = plan.tiles[strip.tile_end - 1];
+    const bool packed_tail = plan.tail_width > 0 && last.mode == TapMode::kTail;
+    bool left_side[kMostTailPixels] = {}, right_side[kMostTailPixels] = {};
+    for (int64_t p = 0; packed_tail && p < last.last_lanes; ++p) {
+      left_side[p] = (last.pixel + p) % width == 0;
+      right_side[p] = (last.pixel + p + 1) % width == 0 && a.strides[2] == 1;
+    }
     for (int64_t u = begin; u < end; ++u) {
       const int64_t channel = image * kernel.inputs_ + kernel.used_[static_cast<size_t>(u)];
       const float* from = x + channel * plan.input_plane;
@@ -439,39 +487,53 @@ struct ConvKernel::Work {
           float* plane = to + phase.offset + static_cast<int64_t>(i) * phase.rows * inner;
           zero(plane, row_begin * inner);
           zero(plane + row_end * inner, (rows - row_end) * inner);
+          if (row_end == row_begin) continue;
           const float* start = from + (first + row_begin * stride) * inner_input;
           float* out = plane + row_begin * inner;
-          if (as_is && (stride == 1 || inner == 1)) {
-            if (row_end > row_begin) kernel.kernels_.gather(out, start, (row_end - row_begin) * inner, stride);
-            continue;
-          }
-          for (int64_t q = row_begin; q < row_end; ++q, start += stride * inner_input, out += inner) {
-            if (as_is) {
-              kernel.kernels_.gather(out, start, inner, 1);
-            } else {
-              fill_inner(out, start, plan.inner_taps[i]);
+          const Plan::InnerTap& tap = plan.inner_taps[i];
+          if (as_is && stride == 1) {
+            std::memcpy(out, start, static_cast<size_t>((row_end - row_begin) * inner) * sizeof(float));
+          } else if (as_is && inner == 1) {
+            copy_rows(out, start, {1, row_end - row_begin, 0, row_end - row_begin, 0, stride});
+          } else if (plan.input[1] == 1 && plan.output[1] == 1) {
+            fill_rows(out, start, row_end - row_begin, stride * inner_input, tap.inner);
+          } else {
+            for (int64_t q = row_begin; q < row_end; ++q, start += stride * inner_input, out += inner) {
+              const Plan::View& middle = tap.middle;
+              zero(out, middle.begin * width);
+              fill_rows(out + middle.begin * width,
+                        start + (middle.begin * a.strides[1] + middle.offset) * plan.input[2],
+                        middle.end - middle.begin, a.strides[1] * plan.input[2], tap.inner);
+              zero(out + middle.end * width, (plan.output[1] - middle.end) * width);
             }
+          }
+        }
+      }
+      if (packed_tail) {
+        float* tail = panel + kPanelSlack + plan.tail_begin + u * kernel.taps_ * plan.tail_width;
+        for (int64_t t = 0; t < kernel.taps_; t += 3) {
+          const int64_t* offset = plan.tap_offset.data() + t;
+          const float* from_pixel = to + last.source;
+          for (int64_t p = 0; p < last.last_lanes; ++p) {
+            tail[t * plan.tail_width + p] = left_side[p] ? 0.0F : from_pixel[offset[0] + p];
+            tail[(t + 1) * plan.tail_width + p] = from_pixel[offset[1] + p];
+            tail[(t + 2) * plan.tail_width + p] = right_side[p] ? 0.0F : from_pixel[offset[2] + p];
           }
         }
       }
     }
   }
 
-  // One tap's view of the middle and inner dimensions of one outer row.
-  void fill_inner(float* to, const float* from, const Plan::InnerTap& tap) const {
-    const ConvAttributes& a = kernel.attributes_;
-    const int64_t width = plan.output[2];
-    for (int64_t m = 0; m < plan.output[1]; ++m, to += width) {
-      const int64_t middle = m * a.strides[1] + tap.middle_offset;
-      if (middle < 0 || middle >= plan.input[1] || tap.inner_begin >= tap.inner_end) {
-        zero(to, width);
-        continue;
-      }
-      zero(to, tap.inner_begin);
-      const float* row = from + middle * plan.input[2] + tap.inner_begin * a.strides[2] + tap.inner_offset;
-      kernel.kernels_.gather(to + tap.inner_begin, row, tap.inner_end - tap.inner_begin, a.strides[2]);
-      zero(to + tap.inner_end, width - tap.inner_end);
-    }
+  // Rows of the inner dimension as one tap sees them.
+  void fill_rows(float* to, const float* from, int64_t rows, int64_t from_stride, const Plan::View& view) const {
+    const int64_t width = plan.output[2], stride = kernel.attributes_.strides[2];
+    if (view.begin == view.end) return zero(to, rows * width);
+    copy_rows(to, from + view.begin * stride + view.offset,
+              {rows, width, view.begin, view.end - view.begin, from_stride, stride});
+  }
+
+  void copy_rows(float* to, const float* from, const RowCopy& copy) const {
+    kernel.kernels_.copy_rows(to, from, copy);
   }
 
   static void zero(float* to, int64_t count) { std::memset(to, 0, static_cast<size_t>(count) * sizeof(float)); }

@@ -5,8 +5,9 @@
 //   load, store, zero, set1, fma(a, b, c) = a * b + c, max, min (both return the second argument if one is NaN),
 //   expand(bits) -> Mask, load_masked(p, mask) (touches no masked-out float, gives 0 there),
 //   mask_input(x, mask) and fma_masked(w, x, acc, mask): together acc + w * x in the lanes of the mask, acc elsewhere
-//   (an instruction set masks either the input, once per load, or the multiplication itself),
-//   gather(to, from, count, stride).
+//   (an instruction set masks either the input, once per load, or, with kMasksMultiplication, the multiplication),
+//   copy_rows(to, from, copy): see RowCopy; kTailPixels and, if it is not 0, RowVec, a vector of kConvRows lanes, with
+//   row_load, row_store, row_zero, row_add, row_fma(a, b, c) = a * b + c for a number a.
 // Everything is in an unnamed namespace and no standard library template is used: see kernels.h.
 //
 // Convolution: vectors run over flattened output pixels, so NCHW tensors are read and written as they are. A tile's
@@ -22,12 +23,14 @@
 #define TETRIS_INLINE inline __attribute__((always_inline))
 #define TETRIS_PREFETCH_L2(p) __builtin_prefetch((p), 0, 2)
 #define TETRIS_PREFETCH_L1(p) __builtin_prefetch((p), 0, 3)
+#define TETRIS_PREFETCH_STORE(p) __builtin_prefetch((p), 1, 3)
 #else
 #define TETRIS_UNROLL
 #define TETRIS_NO_UNROLL
 #define TETRIS_INLINE inline
 #define TETRIS_PREFETCH_L2(p) ((void)0)
 #define TETRIS_PREFETCH_L1(p) ((void)0)
+#define TETRIS_PREFETCH_STORE(p) ((void)0)
 #endif
 
 namespace tetris {
@@ -41,21 +44,50 @@ TETRIS_INLINE typename V::Vec clip(typename V::Vec v, typename V::Vec low, typen
   return V::min(high, V::max(low, v));
 }
 
+// One tap of one channel: acc[r][v] += w[r] * row[v], in the lanes of the masks.
+template <bool Masked, int Rows, int Vectors>
+TETRIS_INLINE void add_tap(typename V::Vec (&acc)[Rows][Vectors], const float* row, const float* w,
+                           const typename V::Mask (&mask)[Vectors]) {
+  typename V::Vec in[Vectors];
+  TETRIS_UNROLL
+  for (int v = 0; v < Vectors; ++v) {
+    in[v] = V::load(row + v * V::kLanes);
+    if constexpr (Masked) in[v] = V::mask_input(in[v], mask[v]);
+  }
+  TETRIS_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    const typename V::Vec weight = V::set1(w[r]);
+    TETRIS_UNROLL
+    for (int v = 0; v < Vectors; ++v) {
+      acc[r][v] = Masked ? V::fma_masked(weight, in[v], acc[r][v], mask[v]) : V::fma(weight, in[v], acc[r][v]);
+    }
+  }
+}
+
 template <int Rows, int Vectors, TapMode Mode>
 void conv_tile_impl(const ConvTile& tile) {
   using Vec = typename V::Vec;
+  constexpr int kRowBytes = Vectors * V::kLanes * 4 + 64;  // of input in a tile, not aligned
   Vec acc[Rows][Vectors];
   TETRIS_UNROLL
   for (int r = 0; r < Rows; ++r) {
     TETRIS_UNROLL
     for (int v = 0; v < Vectors; ++v) acc[r][v] = V::set1(tile.bias[r]);
   }
-  typename V::Mask side[2][Vectors];
+  // Of the taps left of, on and right of the pixel.
+  typename V::Mask side[3][Vectors];
   if constexpr (Mode == TapMode::kSideMasked) {
+    // The lines that the tile will be stored to; a shorter reduction would wait for them more than it gains.
+    TETRIS_NO_UNROLL
+    for (int r = 0; r < tile.valid_rows; ++r) {
+      TETRIS_UNROLL
+      for (int b = 0; b < kRowBytes; b += 64) TETRIS_PREFETCH_STORE(tile.y + tile.row_offset[r] + b / 4);
+    }
     TETRIS_UNROLL
     for (int v = 0; v < Vectors; ++v) {
       side[0][v] = V::expand(tile.masks[v]);
-      side[1][v] = V::expand(tile.masks[Vectors + v]);
+      side[1][v] = V::expand(~0U);
+      side[2][v] = V::expand(tile.masks[Vectors + v]);
     }
   }
   const float* w = tile.weight;
@@ -65,51 +97,48 @@ void conv_tile_impl(const ConvTile& tile) {
   for (int64_t i = 0; i < tile.channels; ++i) {
     const float* x = tile.x + tile.channel_offset[i];
     if constexpr (Mode == TapMode::kSideMasked) {
+      // The rows of the next channel are too far away for the processor to guess.
+      const float* next = tile.x + tile.channel_offset[i + 1 < tile.channels ? i + 1 : i];
       TETRIS_NO_UNROLL
       for (int64_t t = 0; t < taps; t += 3) {
+        TETRIS_NO_UNROLL
+        for (int k = 0; k < tile.distant_taps; ++k) {
+          TETRIS_UNROLL
+          for (int b = 0; b < kRowBytes; b += 64) TETRIS_PREFETCH_L1(next + tap_offset[t + k] + b / 4);
+        }
+        TETRIS_PREFETCH_L2(w + kConvPrefetch);
+        TETRIS_PREFETCH_L2(w + kConvPrefetch + 16);
+        if constexpr (V::kMasksMultiplication) {
+          add_tap<true>(acc, x + tap_offset[t], w, side[0]);
+          add_tap<false>(acc, x + tap_offset[t + 1], w + Rows, side[1]);
+          add_tap<true>(acc, x + tap_offset[t + 2], w + 2 * Rows, side[2]);
+        } else {
+          // One body for the three taps: three would not fit into 16 registers.
+          TETRIS_NO_UNROLL
+          for (int k = 0; k < 3; ++k) add_tap<true>(acc, x + tap_offset[t + k], w + k * Rows, side[k]);
+        }
+        w += 3 * Rows;
+      }
+    } else {
+      TETRIS_NO_UNROLL
+      for (int64_t t = 0; t < taps; ++t, w += Rows) {
         const float* row = x + tap_offset[t];
-        TETRIS_UNROLL
-        for (int k = 0; k < 3; ++k) {
+        TETRIS_PREFETCH_L2(w + kConvPrefetch);
+        if constexpr (Mode == TapMode::kPlain) {
+          add_tap<false>(acc, row, w, side[0]);
+        } else {
           Vec in[Vectors];
           TETRIS_UNROLL
           for (int v = 0; v < Vectors; ++v) {
-            in[v] = V::load(row + k + v * V::kLanes);
-            if (k != 1) in[v] = V::mask_input(in[v], side[k / 2][v]);
+            in[v] = V::load_masked(row + v * V::kLanes, V::expand(tile.masks[t * Vectors + v]));
           }
-          if (k != 1) TETRIS_PREFETCH_L2(w + kConvPrefetch);
           TETRIS_UNROLL
           for (int r = 0; r < Rows; ++r) {
             const Vec weight = V::set1(w[r]);
             TETRIS_UNROLL
-            for (int v = 0; v < Vectors; ++v) {
-              acc[r][v] = k == 1 ? V::fma(weight, in[v], acc[r][v])
-                                 : V::fma_masked(weight, in[v], acc[r][v], side[k / 2][v]);
-            }
-          }
-          w += Rows;
-        }
-      }
-    } else {
-      TETRIS_NO_UNROLL
-      for (int64_t t = 0; t < taps; ++t) {
-        const float* row = x + tap_offset[t];
-        Vec in[Vectors];
-        TETRIS_UNROLL
-        for (int v = 0; v < Vectors; ++v) {
-          if constexpr (Mode == TapMode::kEveryMasked) {
-            in[v] = V::load_masked(row + v * V::kLanes, V::expand(tile.masks[t * Vectors + v]));
-          } else {
-            in[v] = V::load(row + v * V::kLanes);
+            for (int v = 0; v < Vectors; ++v) acc[r][v] = V::fma(weight, in[v], acc[r][v]);
           }
         }
-        TETRIS_PREFETCH_L2(w + kConvPrefetch);
-        TETRIS_UNROLL
-        for (int r = 0; r < Rows; ++r) {
-          const Vec weight = V::set1(w[r]);
-          TETRIS_UNROLL
-          for (int v = 0; v < Vectors; ++v) acc[r][v] = V::fma(weight, in[v], acc[r][v]);
-        }
-        w += Rows;
       }
     }
   }
@@ -134,6 +163,77 @@ void conv_tile_impl(const ConvTile& tile) {
   }
 }
 
+// The last few pixels, where a vector of pixels would be mostly empty: vectors of output channels, a broadcast input.
+template <class Traits, int Pixels>
+void conv_tail_impl(const ConvTile& tile) {
+  using RowVec = typename Traits::RowVec;
+  constexpr int kUnroll = 4;  // sums that do not wait for each other
+  RowVec acc[kUnroll][Pixels];
+  TETRIS_UNROLL
+  for (int p = 0; p < Pixels; ++p) {
+    acc[0][p] = Traits::row_load(tile.bias);
+    TETRIS_UNROLL
+    for (int u = 1; u < kUnroll; ++u) acc[u][p] = Traits::row_zero();
+  }
+  const float* w = tile.weight;
+  const int64_t* tap_offset = tile.tap_offset;
+  int64_t i = 0;
+  if (tile.taps == 1) {
+    TETRIS_NO_UNROLL
+    for (; i + kUnroll <= tile.channels; i += kUnroll) {
+      TETRIS_UNROLL
+      for (int u = 0; u < kUnroll; ++u) {
+        const float* x = tile.x + tile.channel_offset[i + u] + tap_offset[0];
+        const RowVec weight = Traits::row_load(w);
+        TETRIS_UNROLL
+        for (int p = 0; p < Pixels; ++p) acc[u][p] = Traits::row_fma(x[p], weight, acc[u][p]);
+        w += tile.rows;
+      }
+    }
+  }
+  TETRIS_NO_UNROLL
+  for (; i < tile.channels; ++i) {
+    const float* x = tile.x + tile.channel_offset[i];
+    int64_t t = 0;
+    TETRIS_NO_UNROLL
+    for (; t + kUnroll <= tile.taps; t += kUnroll) {
+      TETRIS_UNROLL
+      for (int u = 0; u < kUnroll; ++u) {
+        const RowVec weight = Traits::row_load(w);
+        TETRIS_UNROLL
+        for (int p = 0; p < Pixels; ++p) acc[u][p] = Traits::row_fma(x[tap_offset[t + u] + p], weight, acc[u][p]);
+        w += tile.rows;
+      }
+    }
+    TETRIS_NO_UNROLL
+    for (; t < tile.taps; ++t) {
+      const RowVec weight = Traits::row_load(w);
+      TETRIS_UNROLL
+      for (int p = 0; p < Pixels; ++p) acc[0][p] = Traits::row_fma(x[tap_offset[t] + p], weight, acc[0][p]);
+      w += tile.rows;
+    }
+  }
+  TETRIS_UNROLL
+  for (int p = 0; p < Pixels; ++p) {
+    float out[Traits::kConvRows];
+    Traits::row_store(out, Traits::row_add(Traits::row_add(acc[0][p], acc[1][p]), Traits::row_add(acc[2][p], acc[3][p])));
+    TETRIS_NO_UNROLL
+    for (int r = 0; r < tile.valid_rows; ++r) {
+      // In this order a NaN stays.
+      const float raised = out[r] < tile.low ? tile.low : out[r];
+      tile.y[tile.row_offset[r] + p] = raised > tile.high ? tile.high : raised;
+    }
+  }
+}
+
+template <class Traits, int Pixels>
+void conv_tail(const ConvTile& tile) {
+  if constexpr (Pixels > 1) {
+    if (tile.last_lanes != Pixels) return conv_tail<Traits, Pixels - 1>(tile);
+  }
+  conv_tail_impl<Traits, Pixels>(tile);
+}
+
 template <int Rows, int Vectors>
 void conv_tile_mode(const ConvTile& tile) {
   switch (tile.mode) {
@@ -143,6 +243,8 @@ void conv_tile_mode(const ConvTile& tile) {
       return conv_tile_impl<Rows, Vectors, TapMode::kSideMasked>(tile);
     case TapMode::kEveryMasked:
       return conv_tile_impl<Rows, Vectors, TapMode::kEveryMasked>(tile);
+    case TapMode::kTail:
+      return;  // has no vectors of pixels: conv_tail_impl
   }
 }
 
@@ -157,8 +259,13 @@ void conv_tile_vectors(const ConvTile& tile) {
   conv_tile_mode<Rows, 1>(tile);
 }
 
+// A template only so that what an instruction set does not have is not compiled.
+template <class Traits>
 void conv_tile(const ConvTile& tile) {
-  if constexpr (V::kConvRows >= 8) {
+  if constexpr (Traits::kTailPixels > 0) {
+    if (tile.mode == TapMode::kTail) return conv_tail<Traits, Traits::kTailPixels>(tile);
+  }
+  if constexpr (Traits::kConvRows >= 8) {
     if (tile.rows == 8) return conv_tile_vectors<8>(tile);
   }
   if (tile.rows == 4) return conv_tile_vectors<4>(tile);
@@ -251,8 +358,11 @@ void gemm_tile_samples(const GemmTile& tile) {
 
 void gemm_tile(const GemmTile& tile) { gemm_tile_samples<V::kGemmSamples>(tile); }
 
-void gather_one_by_one(float* to, const float* from, int64_t count, int64_t stride) {
-  for (int64_t i = 0; i < count; ++i) to[i] = from[i * stride];
+// The lanes of one row that `V` leaves over, from position `i` of the copied ones on, and the zeros around them.
+void copy_row_end(float* to, const float* from, const RowCopy& copy, int64_t i) {
+  for (; i < copy.count; ++i) to[copy.before + i] = from[i * copy.stride];
+  for (int64_t j = 0; j < copy.before; ++j) to[j] = 0.0F;
+  for (int64_t j = copy.before + copy.count; j < copy.width; ++j) to[j] = 0.0F;
 }
 
 constexpr KernelSet make_kernel_set(const char* name) {
@@ -260,11 +370,12 @@ constexpr KernelSet make_kernel_set(const char* name) {
           V::kLanes,
           V::kConvRows,
           V::kConvVectors,
+          V::kTailPixels,
           V::kGemmSamples,
           V::kGemmVectors,
-          conv_tile,
+          conv_tile<V>,
           gemm_tile,
-          V::gather};
+          V::copy_rows};
 }
 
 }  // namespace

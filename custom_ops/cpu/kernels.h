@@ -11,8 +11,9 @@ namespace tetris {
 // How a convolution tile reads its taps.
 enum class TapMode : int {
   kPlain,        // every load lies inside the source
-  kSideMasked,   // rows of three adjacent taps; the first and the last ignore the lanes beyond the sides of the map
+  kSideMasked,   // taps in threes; the first and the last of three ignore the lanes beyond the sides of the map
   kEveryMasked,  // each load has a mask of its own: edges of the map, ends of the buffer
+  kTail,         // fewer pixels than a vector is worth: vectors run over the output channels instead
 };
 
 // One tile of a convolution: `rows` output channels x `vectors` vectors of flattened output pixels.
@@ -30,12 +31,15 @@ struct ConvTile {
   float* y;
   const int64_t* row_offset;  // of the output channels, from y
   int valid_rows;             // rows stored, at most `rows`
-  int last_lanes;             // lanes stored of the last vector
+  int last_lanes;             // lanes stored of the last vector; kTail: pixels, at most KernelSet::tail_pixels
   int rows;                   // 1, 2, 4 or 8, at most KernelSet::conv_rows
   int vectors;                // 1 to KernelSet::conv_vectors
   TapMode mode;
+  int distant_taps;  // kSideMasked: how many of the three lie in cache lines of their own
   float low, high;
 };
+
+constexpr int kMostTailPixels = 8;
 
 // Adjacent input channels of a kept part of a block row.
 struct Run {
@@ -60,15 +64,22 @@ struct GemmTile {
   float low, high;
 };
 
+// Copies rows: to[r * width + before + i] = from[r * from_stride + i * stride] for i < count, zeros elsewhere in the
+// width; reads nothing else.
+struct RowCopy {
+  int64_t rows, width, before, count;
+  int64_t from_stride, stride;
+};
+
 struct KernelSet {
   const char* name;
   int lanes;
   int conv_rows, conv_vectors;
+  int tail_pixels;  // 0: no kTail; at most kMostTailPixels
   int gemm_samples, gemm_vectors;
   void (*conv_tile)(const ConvTile& tile);
   void (*gemm_tile)(const GemmTile& tile);
-  // to[i] = from[i * stride] for i < count; reads nothing beyond from[(count - 1) * stride].
-  void (*gather)(float* to, const float* from, int64_t count, int64_t stride);
+  void (*copy_rows)(float* to, const float* from, const RowCopy& copy);
 };
 
 // The kernels of each instruction set that this library was built with.

@@ -6,12 +6,13 @@
 namespace tetris {
 namespace {
 
-void gather_one_by_one(float* to, const float* from, int64_t count, int64_t stride);
+void copy_row_end(float* to, const float* from, const RowCopy& copy, int64_t i);
 
 struct V {
   using Vec = __m256;
   using Mask = __m256i;
-  static constexpr int kLanes = 8, kConvRows = 4, kConvVectors = 3, kGemmSamples = 3, kGemmVectors = 4;
+  static constexpr int kLanes = 8, kConvRows = 4, kConvVectors = 3, kTailPixels = 2, kGemmSamples = 6, kGemmVectors = 2;
+  static constexpr bool kMasksMultiplication = false;
   static Vec zero() { return _mm256_setzero_ps(); }
   static Vec set1(float a) { return _mm256_set1_ps(a); }
   static Vec load(const float* p) { return _mm256_loadu_ps(p); }
@@ -27,19 +28,29 @@ struct V {
   static Vec load_masked(const float* p, Mask mask) { return _mm256_maskload_ps(p, mask); }
   static Vec mask_input(Vec x, Mask mask) { return _mm256_and_ps(x, _mm256_castsi256_ps(mask)); }
   static Vec fma_masked(Vec w, Vec x, Vec acc, Mask) { return fma(w, x, acc); }
-  static void gather(float* to, const float* from, int64_t count, int64_t stride) {
-    int64_t i = 0;
-    if (stride == 1) {
-      for (; i + 8 <= count; i += 8) store(to + i, load(from + i));
-    } else if (stride == 2) {
-      // 8 results come from 16 floats, the last of which may lie beyond the end.
-      for (; i + 9 <= count; i += 8) {
-        const __m256 even = _mm256_shuffle_ps(load(from + 2 * i), load(from + 2 * i + 8), _MM_SHUFFLE(2, 0, 2, 0));
-        store(to + i, _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), _MM_SHUFFLE(3, 1, 2, 0))));
+  static void copy_rows(float* to, const float* from, const RowCopy& copy) {
+    for (int64_t r = 0; r < copy.rows; ++r, to += copy.width, from += copy.from_stride) {
+      float* out = to + copy.before;
+      int64_t i = 0;
+      if (copy.stride == 1) {
+        for (; i + 8 <= copy.count; i += 8) store(out + i, load(from + i));
+      } else if (copy.stride == 2) {
+        // 8 results come from 16 floats, the last of which may lie beyond the end.
+        for (; i + 9 <= copy.count; i += 8) {
+          const __m256 even = _mm256_shuffle_ps(load(from + 2 * i), load(from + 2 * i + 8), _MM_SHUFFLE(2, 0, 2, 0));
+          store(out + i, _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), _MM_SHUFFLE(3, 1, 2, 0))));
+        }
       }
+      copy_row_end(to, from, copy, i);
     }
-    gather_one_by_one(to + i, from + i * stride, count - i, stride);
   }
+
+  using RowVec = __m128;
+  static RowVec row_zero() { return _mm_setzero_ps(); }
+  static RowVec row_load(const float* p) { return _mm_loadu_ps(p); }
+  static void row_store(float* p, RowVec a) { _mm_storeu_ps(p, a); }
+  static RowVec row_add(RowVec a, RowVec b) { return _mm_add_ps(a, b); }
+  static RowVec row_fma(float a, RowVec b, RowVec c) { return _mm_fmadd_ps(_mm_set1_ps(a), b, c); }
 };
 
 }  // namespace

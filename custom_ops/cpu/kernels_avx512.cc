@@ -12,12 +12,13 @@
 namespace tetris {
 namespace {
 
-void gather_one_by_one(float* to, const float* from, int64_t count, int64_t stride);
+void copy_row_end(float* to, const float* from, const RowCopy& copy, int64_t i);
 
 struct V {
   using Vec = __m512;
   using Mask = __mmask16;
-  static constexpr int kLanes = 16, kConvRows = 8, kConvVectors = 3, kGemmSamples = 12, kGemmVectors = 2;
+  static constexpr int kLanes = 16, kConvRows = 8, kConvVectors = 3, kTailPixels = 4, kGemmSamples = 12, kGemmVectors = 2;
+  static constexpr bool kMasksMultiplication = true;
   static Vec zero() { return _mm512_setzero_ps(); }
   static Vec set1(float a) { return _mm512_set1_ps(a); }
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
@@ -31,27 +32,42 @@ struct V {
   // Masking the multiplication is free, masking the load costs an extra operation.
   static Vec mask_input(Vec x, Mask) { return x; }
   static Vec fma_masked(Vec w, Vec x, Vec acc, Mask mask) { return _mm512_mask3_fmadd_ps(w, x, acc, mask); }
-  static void gather(float* to, const float* from, int64_t count, int64_t stride) {
-    if (stride > 2) return gather_one_by_one(to, from, count, stride);
-    for (int64_t i = 0; i < count; i += 16) {
-      const int64_t left = count - i;
-      const Mask keep = first(left);
-      if (stride == 1) {
-        _mm512_mask_storeu_ps(to + i, keep, _mm512_maskz_loadu_ps(keep, from + i));
-      } else {
-        const float* p = from + 2 * i;
-        const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-        const Vec a = _mm512_maskz_loadu_ps(first(2 * left - 1), p);
-        const Vec b = _mm512_maskz_loadu_ps(first(2 * left - 17), p + 16);
-        _mm512_mask_storeu_ps(to + i, keep, _mm512_permutex2var_ps(a, even, b));
+  static void copy_rows(float* to, const float* from, const RowCopy& copy) {
+    if (copy.stride > 2) {
+      for (int64_t r = 0; r < copy.rows; ++r) {
+        copy_row_end(to + r * copy.width, from + r * copy.from_stride, copy, 0);
+      }
+      return;
+    }
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    // Columns of 16 results: the masks are the same for all rows. A masked load touches no masked-out float.
+    for (int64_t j = 0; j < copy.width; j += 16) {
+      const int64_t begin = copy.stride * (j - copy.before);  // of the first result's input; negative among the zeros
+      const int64_t end = copy.stride * (copy.count - 1) + 1;
+      const Mask keep = between(0, copy.width - j);
+      const Mask low = between(-begin, end - begin), high = between(-begin - 16, end - begin - 16);
+      for (int64_t r = 0; r < copy.rows; ++r) {
+        const float* p = from + r * copy.from_stride + begin;
+        Vec x = _mm512_maskz_loadu_ps(low, p);
+        if (copy.stride == 2) x = _mm512_permutex2var_ps(x, even, _mm512_maskz_loadu_ps(high, p + 16));
+        _mm512_mask_storeu_ps(to + r * copy.width + j, keep, x);
       }
     }
   }
 
+  using RowVec = __m256;
+  static RowVec row_zero() { return _mm256_setzero_ps(); }
+  static RowVec row_load(const float* p) { return _mm256_loadu_ps(p); }
+  static void row_store(float* p, RowVec a) { _mm256_storeu_ps(p, a); }
+  static RowVec row_add(RowVec a, RowVec b) { return _mm256_add_ps(a, b); }
+  static RowVec row_fma(float a, RowVec b, RowVec c) { return _mm256_fmadd_ps(_mm256_set1_ps(a), b, c); }
+
  private:
-  static Mask first(int64_t count) {
+  // Lanes [begin, end).
+  static Mask between(int64_t begin, int64_t end) { return static_cast<Mask>(first(end) & ~first(begin)); }
+  static uint32_t first(int64_t count) {
     if (count <= 0) return 0;
-    return count >= 16 ? static_cast<Mask>(0xffff) : static_cast<Mask>((1U << count) - 1);
+    return count >= 16 ? 0xffffU : (1U << count) - 1;
   }
 };
 

@@ -6,12 +6,13 @@
 namespace tetris {
 namespace {
 
-void gather_one_by_one(float* to, const float* from, int64_t count, int64_t stride);
+void copy_row_end(float* to, const float* from, const RowCopy& copy, int64_t i);
 
 struct V {
   using Vec = float32x4_t;
   using Mask = uint32x4_t;
-  static constexpr int kLanes = 4, kConvRows = 8, kConvVectors = 3, kGemmSamples = 6, kGemmVectors = 4;
+  static constexpr int kLanes = 4, kConvRows = 8, kConvVectors = 3, kTailPixels = 0, kGemmSamples = 6, kGemmVectors = 4;
+  static constexpr bool kMasksMultiplication = false;
   static Vec zero() { return vdupq_n_f32(0.0F); }
   static Vec set1(float a) { return vdupq_n_f32(a); }
   static Vec load(const float* p) { return vld1q_f32(p); }
@@ -34,15 +35,18 @@ struct V {
   }
   static Vec mask_input(Vec x, Mask mask) { return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(x), mask)); }
   static Vec fma_masked(Vec w, Vec x, Vec acc, Mask) { return fma(w, x, acc); }
-  static void gather(float* to, const float* from, int64_t count, int64_t stride) {
-    int64_t i = 0;
-    if (stride == 1) {
-      for (; i + 4 <= count; i += 4) store(to + i, load(from + i));
-    } else if (stride == 2) {
-      // 4 results come from 8 floats, the last of which may lie beyond the end.
-      for (; i + 5 <= count; i += 4) store(to + i, vld2q_f32(from + 2 * i).val[0]);
+  static void copy_rows(float* to, const float* from, const RowCopy& copy) {
+    for (int64_t r = 0; r < copy.rows; ++r, to += copy.width, from += copy.from_stride) {
+      float* out = to + copy.before;
+      int64_t i = 0;
+      if (copy.stride == 1) {
+        for (; i + 4 <= copy.count; i += 4) store(out + i, load(from + i));
+      } else if (copy.stride == 2) {
+        // 4 results come from 8 floats, the last of which may lie beyond the end.
+        for (; i + 5 <= copy.count; i += 4) store(out + i, vld2q_f32(from + 2 * i).val[0]);
+      }
+      copy_row_end(to, from, copy, i);
     }
-    gather_one_by_one(to + i, from + i * stride, count - i, stride);
   }
 };
 

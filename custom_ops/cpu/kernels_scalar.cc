@@ -4,12 +4,13 @@
 namespace tetris {
 namespace {
 
-void gather_one_by_one(float* to, const float* from, int64_t count, int64_t stride);
+void copy_row_end(float* to, const float* from, const RowCopy& copy, int64_t i);
 
 struct V {
   using Vec = float;
   using Mask = bool;
-  static constexpr int kLanes = 1, kConvRows = 4, kConvVectors = 3, kGemmSamples = 3, kGemmVectors = 4;
+  static constexpr int kLanes = 1, kConvRows = 4, kConvVectors = 3, kTailPixels = 0, kGemmSamples = 3, kGemmVectors = 4;
+  static constexpr bool kMasksMultiplication = false;
   static Vec zero() { return 0.0F; }
   static Vec set1(float a) { return a; }
   static Vec load(const float* p) { return *p; }
@@ -22,8 +23,10 @@ struct V {
   static Vec load_masked(const float* p, Mask mask) { return mask ? *p : 0.0F; }
   static Vec mask_input(Vec x, Mask mask) { return mask ? x : 0.0F; }
   static Vec fma_masked(Vec w, Vec x, Vec acc, Mask) { return fma(w, x, acc); }
-  static void gather(float* to, const float* from, int64_t count, int64_t stride) {
-    gather_one_by_one(to, from, count, stride);
+  static void copy_rows(float* to, const float* from, const RowCopy& copy) {
+    for (int64_t r = 0; r < copy.rows; ++r) {
+      copy_row_end(to + r * copy.width, from + r * copy.from_stride, copy, 0);
+    }
   }
 };
 

@@ -90,6 +90,7 @@ def test_block_sums_and_expand_keep_agree(axes: list[tuple[int, int]], seed: int
         (10, 0.9, 1),
         (5, 0.9, 1),  # half up
         (5, 0.7, 2),  # 1.5 -> 2
+        (15, 0.9, 2),  # 1.5 again, but in floats (1 - 0.9) * 15 < 1.5
         (256, 0.78, 56),
         (100352, 0.96, 4014),
     ],
@@ -113,6 +114,9 @@ def test_keep_mask_by_hand() -> None:
 
 def test_equal_blocks_are_kept_by_their_index() -> None:
     assert keep_mask(np.ones((4, 6)), (2, 2), 0.5).tolist() == [[True, True, True], [False, False, False]]
+    x = np.random.default_rng(0).integers(0, 4, (1, 1000)).astype(float)
+    expected = sorted(range(1000), key=lambda i: (-x[0, i], i))[:400]
+    assert np.flatnonzero(keep_mask(x, (1, 1), 0.6)).tolist() == sorted(expected)
     assert keep_mask(np.zeros((2, 4)), (1, 2), 0.25).tolist() == [[True, True], [True, False]]
 
 

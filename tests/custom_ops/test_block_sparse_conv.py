@@ -87,8 +87,15 @@ def test_density(
         *((800, 1), (400, 2), (300, 3), (1, 800), (2, 500), (56, 56), (33, 64)),
     ],
 )
-def test_map_sizes_3x3(isa: str, rng: np.random.Generator, size: tuple[int, int]) -> None:
-    check(models.random_op(rng, (20, 19, 3, 3), (8, 8), pads=[1, 1, 1, 1]), random_input(rng, 1, 19, *size))
+@pytest.mark.parametrize(("strides", "pads"), [([1, 1], [1, 1, 1, 1]), ([2, 2], [1, 1, 1, 1]), ([1, 2], [1, 1, 0, 0])])
+def test_map_sizes_3x3(
+    isa: str, rng: np.random.Generator, size: tuple[int, int], strides: list[int], pads: list[int]
+) -> None:
+    if size[1] == 1 and pads[3] == 0:
+        pads = [1, 1, 0, 1]  # one column alone would be smaller than the kernel
+    if size[0] == 1 and pads[2] == 0:
+        pads = [1, 1, 1, pads[3]]
+    check(models.random_op(rng, (20, 19, 3, 3), (8, 8), strides=strides, pads=pads), random_input(rng, 1, 19, *size))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (7, 7), (14, 14), (5, 31), (16, 16), (29, 31)])

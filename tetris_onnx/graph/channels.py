@@ -85,9 +85,8 @@ class Region:
     """Values that have to share one channel order, with all that has to be changed to give them another one."""
 
     values: list[tuple[gs.Tensor, ChannelAxis]] = field(default_factory=list)
-    parameters: list[End] = field(
-        default_factory=list
-    )  # constants of one value per channel; ``where`` is in the constant
+    # Constants of one value per channel; ``where`` is in the constant.
+    parameters: list[End] = field(default_factory=list)
     sources: list[End] = field(default_factory=list)  # layers, Gathers and Concats that write into the region
     sinks: list[End] = field(default_factory=list)  # layers, Gathers and Concats that read from it
     barriers: list[str] = field(default_factory=list)  # why it cannot be reordered; empty where it can
@@ -104,9 +103,11 @@ class _Relation:
 
 def gather_permutation(node: gs.Node) -> NDArray[np.int64] | None:
     """The permutation of a Gather that only reorders its axis, else None."""
-    if node.op != "Gather" or node.domain not in (None, "", "ai.onnx") or not isinstance(node.inputs[1], gs.Constant):
+    if node.op != "Gather" or not _is_standard(node) or len(node.inputs) != 2:
         return None
     data, indices = node.inputs
+    if not isinstance(indices, gs.Constant):
+        return None
     axis = node.attrs.get("axis", 0)
     if data.shape is None or len(indices.shape) != 1 or data.shape[axis] != indices.shape[0]:
         return None
@@ -134,20 +135,24 @@ def find_region(graph: gs.Graph, value: gs.Tensor, where: ChannelAxis) -> Region
             region.barriers.append(f"{tensor.name!r} is an output of the model")
         if not tensor.inputs:
             region.barriers.append(f"{tensor.name!r} is an input of the model")
-        for node, is_input in [(n, False) for n in tensor.inputs] + [(n, True) for n in tensor.outputs]:
+        # A node that reads a value twice is among its readers twice.
+        readers = list({id(node): node for node in tensor.outputs}.values())
+        for node, is_input in [(n, False) for n in tensor.inputs] + [(n, True) for n in readers]:
             slots = [i for i, t in enumerate(node.inputs if is_input else node.outputs) if t is tensor]
             if id(node) not in inside:
                 region.barriers.append(f"{tensor.name!r} is used in a subgraph")
                 continue
             for slot in slots:
                 end = End(node, slot, axis)
-                if is_input and node.op in _ORDER_FREE:
+                if is_input and node.op in _ORDER_FREE and _is_standard(node):
                     continue
                 if _is_end(end, is_input):
                     (region.sinks if is_input else region.sources).append(end)
                     continue
                 relation = _relate(node, slot, is_input, axis)
-                if relation is None:
+                # A Dropout's mask, a MaxPool's indices (which count through all channels), ...
+                extra = node.op != "Split" and any(t.outputs or id(t) in outputs for t in node.outputs[1:])
+                if relation is None or extra:
                     region.barriers.append(f"{node.op} {node.name!r} is not known to treat channels one by one")
                     continue
                 todo += [(node.inputs[i], a) for i, a in relation.inputs]
@@ -155,6 +160,10 @@ def find_region(graph: gs.Graph, value: gs.Tensor, where: ChannelAxis) -> Region
                 if id(node) not in related:
                     related.add(id(node))
                     region.parameters += [End(node, i, a) for i, a in relation.parameters]
+    ends = {id(source.node) for source in region.sources}
+    for sink in region.sinks:
+        if id(sink.node) in ends and gather_permutation(sink.node) is not None:
+            region.barriers.append(f"{sink.node.name!r} reorders the channels within it")
     return region
 
 
@@ -168,27 +177,30 @@ def _is_end(end: End, is_input: bool) -> bool:
         return layer.out_axis == end.where.axis and layer.weight_shape[0] == end.where.length
     if gather_permutation(node) is not None:
         return end.slot == 0 and _axis(node.attrs.get("axis", 0), node.inputs[0]) == end.where.axis
-    return node.op == "Concat" and end.where.plain and _axis(node.attrs["axis"], node.outputs[0]) == end.where.axis
+    return (
+        node.op == "Concat"
+        and _is_standard(node)
+        and end.where.plain
+        and _axis(node.attrs["axis"], node.outputs[0]) == end.where.axis
+    )
 
 
 def _relate(node: gs.Node, slot: int, is_input: bool, where: ChannelAxis) -> _Relation | None:
     """How the channel axis of one slot continues in the others; None for an operator that is not in the table."""
-    if node.domain not in (None, "", "ai.onnx") or any(
-        t.shape is None for t in (*node.inputs, *node.outputs) if not t.is_empty()
-    ):
+    if not _is_standard(node) or any(t.shape is None for t in (*node.inputs, *node.outputs) if not t.is_empty()):
         return None
     tensor = node.inputs[slot] if is_input else node.outputs[slot]
     if tensor.shape[where.axis] != where.length:
         return None
     op = node.op
     if op in _ELEMENTWISE:
-        return _same(node, where) if slot == 0 and not _second_output_used(node) else None
+        return _same(node, where) if slot == 0 else None
     if op in _BROADCAST:
         return _broadcast(node, tensor, where)
     if op in _POOLING:
-        return _same(node, where) if slot == 0 and where.axis == 1 and not _second_output_used(node) else None
+        return _same(node, where) if slot == 0 and where.axis == 1 else None
     if op in _NORMALIZATION:
-        if slot != 0 or where.axis != 1 or _second_output_used(node):
+        if slot != 0 or where.axis != 1:
             return None
         vectors = tuple((i, ChannelAxis(0, where.channels, where.outer, where.inner)) for i in _NORMALIZATION[op])
         return _same(node, where, vectors)
@@ -213,7 +225,7 @@ def _relate(node: gs.Node, slot: int, is_input: bool, where: ChannelAxis) -> _Re
         if _axis(node.attrs.get("axis", 0), node.inputs[0]) == where.axis or (is_input and slot != 0):
             return None
         return _Relation(((0, where),), tuple((i, where) for i in range(len(node.outputs))))
-    if op in ("Pad", "Resize", "Slice", "Upsample"):
+    if op in ("Pad", "Resize", "Slice"):
         return _same(node, where) if slot == 0 and _leaves_axis_alone(node, where.axis) else None
     if op == "Transpose":
         perm = list(node.attrs.get("perm", range(len(node.inputs[0].shape))[::-1]))
@@ -334,20 +346,21 @@ def _reduction(node: gs.Node, slot: int, is_input: bool, where: ChannelAxis) -> 
 
 
 def _leaves_axis_alone(node: gs.Node, axis: int) -> bool:
-    """Whether a Pad, Resize or Slice with constant arguments does nothing along ``axis``."""
+    """Whether a Pad, Resize or Slice does nothing along ``axis``."""
     data, output = node.inputs[0], node.outputs[0]
     if not isinstance(data.shape[axis], int) or data.shape[axis] != output.shape[axis]:
         return False
-    if any(not isinstance(t, gs.Constant) for t in node.inputs[1:] if not t.is_empty()):
-        # Sizes computed at run time: a Resize of the spatial axes usually has them, and its shapes are known here.
-        return (
-            node.op == "Resize"
-            and node.attrs.get("coordinate_transformation_mode") != "tf_crop_and_resize"
-            and axis < 2
-        )
-    if node.op in ("Resize", "Upsample"):
-        return node.attrs.get("coordinate_transformation_mode") != "tf_crop_and_resize"
     rank = len(data.shape)
+    if node.op == "Resize":
+        if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
+            return False
+        if len(node.inputs) > 3 and not node.inputs[3].is_empty():  # sizes: the same one is a scale of 1
+            return node.attrs.get("keep_aspect_ratio_policy", "stretch") == "stretch"
+        resized = [a % rank for a in node.attrs.get("axes", range(rank))]
+        scales = _values(node, 2)  # (1.01 may give the same size, but not the same values)
+        return axis not in resized or (len(scales) == len(resized) and scales[resized.index(axis)] == 1)
+    if any(not isinstance(t, gs.Constant) for t in node.inputs[1:] if not t.is_empty()):
+        return False
     if node.op == "Pad":
         axes = _values(node, 3) or list(range(rank))
         pads = _values(node, 1) or list(node.attrs.get("pads", ()))
@@ -378,8 +391,8 @@ def _all_fit(node: gs.Node, where: ChannelAxis) -> bool:
     )
 
 
-def _second_output_used(node: gs.Node) -> bool:
-    return any(not t.is_empty() and t.outputs for t in node.outputs[1:])
+def _is_standard(node: gs.Node) -> bool:
+    return node.domain in (None, "", "ai.onnx")
 
 
 def _axis(axis: int, tensor: gs.Tensor) -> int | None:

@@ -19,10 +19,22 @@ _FOLDABLE = frozenset(
 _MAX_DEPTH = 64
 
 
-def constant_value(graph: gs.Graph, tensor: gs.Tensor, depth: int = 0) -> NDArray | None:
-    """The value of ``tensor`` where the graph computes it from constants alone, else None."""
+def constant_value(
+    graph: gs.Graph, tensor: gs.Tensor, known: dict[int, NDArray | None] | None = None, depth: int = 0
+) -> NDArray | None:
+    """The value of ``tensor`` where the graph computes it from constants alone, else None.
+
+    ``known`` holds what was found before, by the id of the tensor: hand the same one over while the graph lives.
+    """
     if isinstance(tensor, gs.Constant):
         return tensor.values
+    known = {} if known is None else known
+    if id(tensor) not in known:
+        known[id(tensor)] = _compute(graph, tensor, known, depth)
+    return known[id(tensor)]
+
+
+def _compute(graph: gs.Graph, tensor: gs.Tensor, known: dict[int, NDArray | None], depth: int) -> NDArray | None:
     if len(tensor.inputs) != 1 or depth > _MAX_DEPTH:
         return None
     node = tensor.inputs[0]
@@ -33,7 +45,7 @@ def constant_value(graph: gs.Graph, tensor: gs.Tensor, depth: int = 0) -> NDArra
     inputs = {}
     for operand in node.inputs:
         if not operand.is_empty():
-            value = constant_value(graph, operand, depth + 1)
+            value = constant_value(graph, operand, known, depth + 1)
             if value is None:
                 return None
             inputs[operand.name] = value

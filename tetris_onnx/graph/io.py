@@ -17,7 +17,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import version_converter
 
-from tetris_onnx.graph.shapes import infer_shapes
+from tetris_onnx.graph.shapes import UNKNOWN, infer_shapes
 
 # The functions that define our ops for other runtimes use operators as they are since this version.
 MIN_OPSET = 13
@@ -77,13 +77,16 @@ def save(model: onnx.ModelProto, path: str | Path) -> None:
         with write_atomically(path) as file:
             file.write(model.SerializeToString())
         return
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        external = f"{path.name}.data"
-        split = onnx.ModelProto()
-        split.CopyFrom(model)  # onnx moves the weights out of the message it is given
-        onnx.save_model(split, Path(folder) / path.name, save_as_external_data=True, location=external)
-        (Path(folder) / external).replace(path.parent / external)
-        (Path(folder) / path.name).replace(path)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            external = f"{path.name}.data"
+            split = onnx.ModelProto()
+            split.CopyFrom(model)  # onnx moves the weights out of the message it is given
+            onnx.save_model(split, Path(folder) / path.name, save_as_external_data=True, location=external)
+            (Path(folder) / external).replace(path.parent / external)
+            (Path(folder) / path.name).replace(path)
+    except OSError as error:
+        raise ModelError(f"cannot write {path}: {error.strerror}") from None
 
 
 def raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -109,10 +112,13 @@ def to_graph(model: onnx.ModelProto) -> gs.Graph:
     """The model as an onnx-graphsurgeon graph with shapes annotated. Weights are shared with ``model``, not copied."""
     graph = gs.import_onnx(model)
     tensors = graph.tensors()
-    for name, (dtype, shape) in infer_shapes(model).items():
-        tensor = tensors.get(name)
+    shapes = infer_shapes(model)
+    for name, tensor in tensors.items():
         if isinstance(tensor, gs.Variable):
-            tensor.dtype, tensor.shape = dtype, list(shape)
+            if name in shapes:
+                tensor.dtype, tensor.shape = shapes[name][0], list(shapes[name][1])
+            elif tensor.shape is not None:  # declared only: a dimension without a size comes as None
+                tensor.shape = [UNKNOWN if d is None else d for d in tensor.shape]
     _name_nodes(graph)
     return graph
 
@@ -128,15 +134,24 @@ def to_proto(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
         known = {value.name: value for value in theirs}
         for value in ours:
             value.CopyFrom(known.get(value.name, value))
+    for value in model.graph.value_info:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param == UNKNOWN:  # runtimes take equal names for equal sizes
+                dim.ClearField("dim_param")
     return model
 
 
 def _name_nodes(graph: gs.Graph) -> None:
     """Give nodes without a name (or with one that is taken) that of their first output."""
-    taken: set[str] = set()
+    given = {node.name for node in graph.nodes}
+    taken = {""}
     for node in graph.nodes:
-        if (not node.name or node.name in taken) and node.outputs:
-            node.name = node.outputs[0].name
+        if node.name in taken:
+            base = node.name = node.outputs[0].name if node.outputs else node.op
+            number = 1
+            while node.name in taken or node.name in given:
+                number += 1
+                node.name = f"{base}_{number}"
         taken.add(node.name)
 
 

@@ -12,6 +12,7 @@ from typing import cast
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
+from onnx import TensorProto
 
 DOMAIN = "ai.tetris"
 CONV, GEMM = "BlockSparseConv", "BlockSparseGemm"
@@ -29,7 +30,10 @@ class Layer:
     @property
     def name(self) -> str:
         """Name of the layer's output value in the original model: what plans are keyed by."""
-        return self.output.name.removesuffix(REORDERED)
+        name = str(self.output.name)
+        while name.endswith(REORDERED):
+            name = name.removesuffix(REORDERED)
+        return name
 
     @property
     def block_sparse(self) -> bool:
@@ -54,12 +58,14 @@ class Layer:
     @property
     def in_axis(self) -> int | None:
         """Axis of the input channels in `data`; None where its rank is not known."""
-        return 1 if self.is_conv or self.node.op == "Gemm" else _last_axis(self.data)
+        if self.is_conv or self.node.op == "Gemm":
+            return 1
+        return None if self.data.shape is None else len(self.data.shape) - 1
 
     @property
     def out_axis(self) -> int | None:
-        """Axis of the output channels in `output`; None where its rank is not known."""
-        return 1 if self.is_conv or self.node.op == "Gemm" else _last_axis(self.output)
+        """Axis of the output channels in `output`, which has the rank of `data`; None where that is not known."""
+        return self.in_axis
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -67,13 +73,13 @@ class Layer:
         if self.block_sparse:
             return tuple(self.node.attrs["weight_shape"])
         shape = tuple(self.node.inputs[1].shape)
-        return shape[::-1] if self._stored_transposed else shape
+        return shape[::-1] if self.stored_transposed else shape
 
     @property
     def weight(self) -> NDArray:
         """The weight of a dense layer as ``[out, in, *kernel]``."""
         values = cast(NDArray, self.node.inputs[1].values)
-        return values.T if self._stored_transposed else values
+        return values.T if self.stored_transposed else values
 
     @property
     def bias(self) -> NDArray | None:
@@ -93,12 +99,13 @@ class Layer:
         return int(np.prod(shape[1:], dtype=np.int64)) * per_output
 
     @property
-    def _stored_transposed(self) -> bool:
+    def stored_transposed(self) -> bool:
+        """Whether the node stores its weight as ``[in, out]``."""
         return self.node.op == "MatMul" or (self.node.op == "Gemm" and not self.node.attrs.get("transB", 0))
 
     def stored(self, weight: NDArray) -> NDArray:
         """``weight`` [out, in, *kernel] in the form that the node stores."""
-        return np.ascontiguousarray(weight.T if self._stored_transposed else weight)
+        return np.ascontiguousarray(weight.T if self.stored_transposed else weight)
 
 
 def find_layers(graph: gs.Graph) -> list[Layer]:
@@ -106,7 +113,7 @@ def find_layers(graph: gs.Graph) -> list[Layer]:
     layers = []
     for node in graph.nodes:
         if node.domain == DOMAIN and node.op in (CONV, GEMM):
-            layers.append(Layer(node, ""))
+            layers.append(Layer(node, "it is block-sparse already"))
         elif node.domain in (None, "", "ai.onnx") and node.op in ("Conv", "Gemm", "MatMul"):
             layers.append(Layer(node, _why_dense(node)))
     return layers
@@ -132,7 +139,9 @@ def _why_dense(node: gs.Node) -> str:
             return "its weight is quantized"
         return "its weight is not a constant"
     if weight.dtype != np.float32:
-        return f"its weight is {np.dtype(weight.dtype).name}, not float32"
+        kind = weight.dtype  # ONNX's number for a type that numpy does not have
+        name = TensorProto.DataType.Name(kind).lower() if isinstance(kind, int) else np.dtype(kind).name
+        return f"its weight is {name}, not float32"
     if node.op == "Conv":
         if len(weight.shape) not in (3, 4, 5):
             return f"it is a convolution over {len(weight.shape) - 2} axes (1 to 3 are supported)"
@@ -196,7 +205,3 @@ def _is_normal(gemm: gs.Node) -> bool:
         return True
     out = gemm.inputs[1].shape[0 if gemm.attrs.get("transB", 0) else 1]
     return isinstance(gemm.inputs[2], gs.Constant) and tuple(gemm.inputs[2].shape) == (out,)
-
-
-def _last_axis(tensor: gs.Tensor) -> int | None:
-    return None if tensor.shape is None else len(tensor.shape) - 1

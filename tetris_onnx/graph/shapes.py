@@ -1,9 +1,8 @@
 """Shape inference that tells which dimensions are the same for every input size.
 
 ONNX's own shape inference loses track where a shape is computed at run time (``Shape -> Slice -> Concat -> Reshape``,
-as most exporters write a Flatten). Here the model is inferred for two concrete sizes of every dynamic input
-dimension, with the shape arithmetic evaluated: a dimension that comes out equal both times is static, every other one
-is dynamic.
+as most exporters write a Flatten). Here the model is inferred for concrete sizes of every dynamic input dimension,
+with the shape arithmetic evaluated: a dimension that comes out equal every time is static, every other one is dynamic.
 """
 
 from __future__ import annotations
@@ -18,9 +17,15 @@ from onnx.reference import ReferenceEvaluator
 
 Shape = tuple[int | str, ...]
 
+# Stands for a dimension that is dynamic and has no name.
+UNKNOWN = "?"
+
 # Sizes to try for a dynamic dimension, batch (axis 0) and others: typical enough that no pooling layer runs out of
 # pixels.
 _PROBES = ((2, 192), (3, 256))
+# A small odd size tells a clamp (min(size, 100)) or a remainder from a static dimension. Not every model takes it: what
+# does not come out for it counts as before.
+_ODD_PROBE = (5, 61)
 # Shape arithmetic works on vectors of a few numbers: larger values are weights and are not worth computing.
 _MAX_VALUES = 1024
 # Operators that exporters build shapes with.
@@ -36,19 +41,22 @@ _SHAPE_OPS = frozenset(
 def infer_shapes(model: onnx.ModelProto) -> dict[str, tuple[np.dtype, Shape]]:
     """Type and shape of every value of the main graph that has a known rank.
 
-    Static dimensions are ints; dynamic ones are names: that of the model where it gives one, else ``"?"``.
+    Static dimensions are ints; dynamic ones are names: that of the model where it gives one, else `UNKNOWN`.
     """
     skeleton = _without_weights(model)
     runs = [_infer_concrete(skeleton, batch, size) for batch, size in _PROBES]
+    odd = _infer_concrete(skeleton, *_ODD_PROBE)
     if not all(runs):  # a size that the model does not take: keep to what holds in general
         runs = [_inferred(skeleton)] * 2
+        odd = {}
     names = {v.name: v for v in (*model.graph.input, *model.graph.output, *model.graph.value_info)}
     shapes: dict[str, tuple[np.dtype, Shape]] = {}
     for name, (dtype, first) in runs[0].items():
         other = runs[1].get(name)
         if other is None or len(other[1]) != len(first):
             continue
-        dims = [a if a is not None and a == b else "?" for a, b in zip(first, other[1], strict=True)]
+        third = odd[name][1] if name in odd and len(odd[name][1]) == len(first) else first
+        dims = [a if a is not None and a == b == c else UNKNOWN for a, b, c in zip(first, other[1], third, strict=True)]
         if name in names:
             declared = names[name].type.tensor_type.shape.dim
             if len(declared) == len(dims):
@@ -93,11 +101,13 @@ def _infer_concrete(
     model = onnx.ModelProto()
     model.CopyFrom(skeleton)
     fixed = {i.name for i in model.graph.initializer}
+    sizes: dict[str, int] = {}  # one name is one size
     for value in model.graph.input:
         if value.name not in fixed:
             for axis, dim in enumerate(value.type.tensor_type.shape.dim):
                 if dim.dim_value <= 0:
-                    dim.dim_value = batch if axis == 0 else size
+                    choice = batch if axis == 0 else size
+                    dim.dim_value = sizes.setdefault(dim.dim_param, choice) if dim.dim_param else choice
     for value in model.graph.output:  # their declared names would contradict the sizes
         value.type.tensor_type.ClearField("shape")
     inferred = _inferred(model)

@@ -10,8 +10,10 @@ from tetris_onnx.passes.normalize_layers import normalize_layers
 from tetris_onnx.passes.pipeline import Pass, PassError, run_passes
 from tetris_onnx.passes.prune_blocks import prune_blocks
 from tetris_onnx.passes.reorder_weights import reorder_weights
+from tetris_onnx.passes.set_weights import NewWeights, set_weights
 
 __all__ = [
+    "NewWeights",
     "Pass",
     "PassError",
     "absorb_gathers",
@@ -24,4 +26,5 @@ __all__ = [
     "prune_blocks",
     "reorder_weights",
     "run_passes",
+    "set_weights",
 ]

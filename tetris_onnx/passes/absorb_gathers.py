@@ -54,11 +54,10 @@ def _into_region(graph: gs.Graph, gather: gs.Node, perm: NDArray[np.int64], axis
         return
     if any(gather_permutation(s.node) is None and layer_of(s.node) is None for s in region.sinks):
         return  # it ends at a Concat
-    largest = max((s for s in region.sinks if gather_permutation(s.node) is not None), key=lambda s: _reads(graph, s))
-    if not largest.where.plain:
-        return  # its order is one of flattened positions, not of channels
+    largest = max(region.sinks, key=_reads)
     order = gather_permutation(largest.node)
-    assert order is not None
+    if order is None or not largest.where.plain:
+        return  # it is in the right order already, or wants one of flattened positions, not of channels
     for source in region.sources:
         layer = layer_of(source.node)
         assert layer is not None
@@ -104,10 +103,14 @@ def _into_consumers(graph: gs.Graph, gather: gs.Node, perm: NDArray[np.int64], a
     replace_uses(result, data)
 
 
-def _reads(graph: gs.Graph, sink: End) -> int:
-    """Weights of the layers that read the Gather ``sink``."""
-    layers = [layer_of(node) for node in sink.node.outputs[0].outputs]
-    return sum(int(np.prod(layer.weight_shape)) for layer in layers if layer is not None)
+def _reads(sink: End) -> int:
+    """Weights of our operators that read their channels in a row where the region has the order of ``sink``.
+
+    For a dense layer every order is as good: it goes into the weight.
+    """
+    readers = [sink.node] if gather_permutation(sink.node) is None else sink.node.outputs[0].outputs
+    layers = [layer for layer in map(layer_of, readers) if layer is not None and layer.block_sparse]
+    return sum(int(np.prod(layer.weight_shape)) for layer in layers if is_identity(layer.node.inputs[3].values))
 
 
 def _read_in_order(layer: Layer, perm: NDArray[np.int64]) -> None:

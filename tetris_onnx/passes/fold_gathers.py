@@ -26,7 +26,7 @@ def fold_gathers(graph: gs.Graph) -> None:
             if gather_permutation(node) is not None and node.outputs:
                 moved |= _sink(graph, node)
         for node in list(graph.nodes):
-            if node.op == "Concat":
+            if node.op == "Concat" and node.domain in (None, "", "ai.onnx"):
                 moved |= _merge_before_concat(graph, node)
     _share(graph)
 
@@ -44,7 +44,11 @@ def _sink(graph: gs.Graph, gather: gs.Node) -> bool:
     perm = gather_permutation(gather)
     assert perm is not None
     value = gather.outputs[0]
-    where = ChannelAxis(gather.attrs.get("axis", 0) % len(value.shape), perm.size)
+    if is_identity(perm) and not is_output(graph, value):
+        replace_uses(value, gather.inputs[0])
+        remove_node(graph, gather)
+        return True
+    where = ChannelAxis(gather.attrs.get("axis", 0) % len(gather.inputs[0].shape), perm.size)
     region = find_region(graph, value, where)
     if region.barriers or not all(_has_order(source, perm) for source in region.sources):
         return False
@@ -66,11 +70,6 @@ def _sink(graph: gs.Graph, gather: gs.Node) -> bool:
     for source in region.sources:
         replace_uses(source.node.outputs[0], source.node.inputs[0])
         remove_node(graph, source.node)
-    for sink in region.sinks:
-        following = gather_permutation(sink.node)
-        if following is not None and is_identity(following) and not is_output(graph, sink.node.outputs[0]):
-            replace_uses(sink.node.outputs[0], sink.node.inputs[0])
-            remove_node(graph, sink.node)
     return True
 
 

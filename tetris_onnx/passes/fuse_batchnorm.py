@@ -44,7 +44,7 @@ def _affine(node: gs.Node, layer: Layer) -> tuple[NDArray, NDArray] | None:
             return None
         if not all(isinstance(v, gs.Constant) and tuple(v.shape) == (channels,) for v in vectors):
             return None
-        if any(t.outputs for t in node.outputs[1:]):
+        if len(node.outputs) > 1:  # statistics, in training
             return None
         gamma, beta, mean, variance = (v.values.astype(np.float64) for v in vectors)
         scale = gamma / np.sqrt(variance + node.attrs.get("epsilon", 1e-5))

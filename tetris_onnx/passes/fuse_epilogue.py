@@ -12,17 +12,24 @@ from tetris_onnx.passes.surgery import only_consumer, remove_node, set_constant
 def fuse_epilogue(graph: gs.Graph) -> None:
     """Apply the pass."""
     for layer in find_layers(graph):
-        if not layer.block_sparse:
+        if not layer.block_sparse or _has_activation(layer):
             continue
         follower = only_consumer(graph, layer.output)
-        if follower is not None and follower.op == "Add" and _add_bias(layer, follower):
+        if follower is None or follower.domain not in (None, "", "ai.onnx"):
+            continue
+        while follower is not None and follower.op == "Add" and _add_bias(layer, follower):
             _take_over(graph, layer, follower)
             follower = only_consumer(graph, layer.output)
         if follower is not None and follower.domain in (None, "", "ai.onnx"):
-            bounds = _bounds(follower)
+            bounds = clip_bounds(follower)
             if bounds is not None:
                 layer.node.attrs["activation_min"], layer.node.attrs["activation_max"] = bounds
                 _take_over(graph, layer, follower)
+
+
+def _has_activation(layer: Layer) -> bool:
+    low, high = (layer.node.attrs[f"activation_{end}"] for end in ("min", "max"))
+    return bool(low > -np.inf or high < np.inf)
 
 
 def _take_over(graph: gs.Graph, layer: Layer, follower: gs.Node) -> None:
@@ -48,7 +55,7 @@ def _add_bias(layer: Layer, add: gs.Node) -> bool:
     return True
 
 
-def _bounds(node: gs.Node) -> tuple[float, float] | None:
+def clip_bounds(node: gs.Node) -> tuple[float, float] | None:
     """(min, max) that ``node`` clips to, where it is a Relu or a Clip with constant limits."""
     if node.op == "Relu":
         return 0.0, float("inf")

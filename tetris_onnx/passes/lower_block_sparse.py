@@ -38,13 +38,15 @@ class ConstantPool:
 def lower_block_sparse(graph: gs.Graph, plan: Plan) -> None:
     """Apply the pass."""
     pool = ConstantPool()
-    lowered = False
+    missing = {decision.layer for decision in plan}
     for layer in find_layers(graph):
         decision = plan.get(layer.name)
         if decision is not None:
             _lower(layer, decision, pool)
-            lowered = True
-    if lowered and all(domain.domain != DOMAIN for domain in graph.import_domains):
+            missing.discard(layer.name)
+    if missing:
+        raise ValueError(f"the graph has no layer {min(missing)!r}")
+    if len(plan) and all(domain.domain != DOMAIN for domain in graph.import_domains):
         graph.import_domains.append(onnx.helper.make_opsetid(DOMAIN, 1))
 
 
@@ -52,9 +54,8 @@ def _lower(layer: Layer, plan: LayerPlan, pool: ConstantPool) -> None:
     node, name = layer.node, layer.name
     packed = pack(layer.weight, plan.keep, plan.block_size)
     blocks, block_index = packed.blocks, packed.block_index
-    if not len(
-        block_index
-    ):  # the fallback function cannot reshape an empty tensor: one block of zeros is the same weight
+    # The fallback function cannot reshape an empty tensor: one block of zeros is the same weight.
+    if not len(block_index):
         blocks = np.zeros((1, *blocks.shape[1:]), blocks.dtype)
         block_index = np.zeros((1, 2), np.int64)
     out, in_ = layer.weight_shape[:2]
@@ -76,9 +77,7 @@ def _lower(layer: Layer, plan: LayerPlan, pool: ConstantPool) -> None:
         pool(f"{name}/input_perm", identity(in_)),
         pool(f"{name}/output_perm", identity(out)),
     ]
-    if bias is None and not layer.is_conv:  # MatMul has no optional bias that the fallback function could pass on
-        bias = np.zeros(out, np.float32)
-    if bias is not None:
-        inputs.append(pool(f"{name}/bias_reordered", bias))
+    # Not every runtime can call a function without its last input (onnx.reference): no bias is one of zeros.
+    inputs.append(pool(f"{name}/bias_reordered", np.zeros(out, np.float32) if bias is None else bias))
     node.op, node.domain, node.attrs = (CONV if layer.is_conv else GEMM), DOMAIN, attributes
     node.inputs = inputs

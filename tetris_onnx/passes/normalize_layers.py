@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from tetris_onnx.graph.constants import constant_value
 from tetris_onnx.passes.surgery import set_constant
@@ -17,7 +18,8 @@ from tetris_onnx.passes.surgery import set_constant
 # Operators whose inputs are worth folding: layers, and those that a reordering has to pass (see graph.channels).
 _FOLDED = frozenset(
     """
-    Add BatchNormalization Clip Conv Div Gemm InstanceNormalization MatMul Mul PRelu Pow Reshape Sub Sum
+    Add BatchNormalization Clip Conv Div Gemm InstanceNormalization MatMul Max Min Mul PRelu Pad Pow ReduceL1 ReduceL2
+    ReduceMax ReduceMean ReduceMin ReduceSum Reshape Resize Slice Sub Sum Where
     """.split()
 )
 
@@ -25,12 +27,13 @@ _FOLDED = frozenset(
 def normalize_layers(graph: gs.Graph) -> None:
     """Apply the pass."""
     folded: dict[int, gs.Constant] = {}  # by value: layers that share a weight go on sharing it
+    known: dict[int, NDArray | None] = {}
     for node in list(graph.nodes):
         if node.domain not in (None, "", "ai.onnx") or node.op not in _FOLDED:
             continue
         for slot, tensor in enumerate(node.inputs):
             if isinstance(tensor, gs.Variable) and tensor.inputs and id(tensor) not in folded:
-                value = constant_value(graph, tensor)
+                value = constant_value(graph, tensor, known)
                 if value is not None:
                     folded[id(tensor)] = gs.Constant(f"{tensor.name}/constant", value)
             if id(tensor) in folded:

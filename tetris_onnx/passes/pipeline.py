@@ -36,9 +36,13 @@ def run_passes(
     for number, step in enumerate(passes, 1):
         before = _signature(graph)
         graph = copy_graph(graph)
+        known = {id(tensor) for tensor in graph.tensors().values()}
         try:
             step.apply(graph)
-            graph.cleanup(remove_unused_node_outputs=False, recurse_functions=False).toposort(recurse_functions=False)
+            _rename_clashes(graph, known)
+            graph.cleanup(remove_unused_node_outputs=False, recurse_functions=False).toposort(
+                recurse_functions=False, mode="nodes"
+            )
             graph.tensors(check_duplicates=True)
         except Exception as error:
             raise PassError(f"pass {step.name}: {error}") from error
@@ -59,6 +63,20 @@ def copy_graph(graph: gs.Graph) -> gs.Graph:
     copy.producer_name, copy.producer_version = graph.producer_name, graph.producer_version
     copy.import_domains = list(graph.import_domains)
     return copy
+
+
+def _rename_clashes(graph: gs.Graph, known: set[int]) -> None:
+    """Rename the constants that a pass has made (those not ``known``) whose name the model gave to another value."""
+    tensors = [t for node in graph.nodes for t in (*node.inputs, *node.outputs)] + graph.inputs + graph.outputs
+    taken: dict[str, gs.Tensor] = {t.name: t for t in tensors if id(t) in known or isinstance(t, gs.Variable)}
+    for subgraph in graph.subgraphs(recursive=True):
+        taken |= subgraph.tensors()
+    for tensor in tensors:
+        if isinstance(tensor, gs.Constant) and id(tensor) not in known:
+            base, number = tensor.name, 1
+            while taken.setdefault(tensor.name, tensor) is not tensor:
+                number += 1
+                tensor.name = f"{base}_{number}"
 
 
 def _signature(graph: gs.Graph) -> tuple:

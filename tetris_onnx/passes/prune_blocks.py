@@ -17,20 +17,20 @@ from tetris_onnx.plan import LayerPlan, Plan
 
 def prune_blocks(graph: gs.Graph, plan: Plan) -> None:
     """Apply the pass. Layers that share a weight get their own where their plans differ."""
-    pruned: dict[int, list[tuple[LayerPlan, gs.Constant]]] = {}
+    # (plan, original, pruned) by the original and its form; holding the original keeps its id from being used again.
+    pruned: dict[tuple[int, bool], list[tuple[LayerPlan, gs.Constant, gs.Constant]]] = {}
     for layer in find_layers(graph):
         decision = plan.get(layer.name)
         if decision is None:
             continue
         original = layer.node.inputs[1]
-        made = pruned.setdefault(id(original), [])
-        shared = next((c for p, c in made if _same(p, decision)), None)
+        made = pruned.setdefault((id(original), layer.stored_transposed), [])
+        shared = next((c for p, _, c in made if _same(p, decision)), None)
         if shared is None:
             weight = layer.weight
             keep = weight_mask(decision).reshape(*decision.shape, *[1] * (weight.ndim - 2))
             set_constant(layer.node, 1, layer.stored(np.where(keep, weight, np.float32(0))), f"{layer.name}/weight")
-            # Held by the pair, so that the id of the original is not used again.
-            made.append((decision, layer.node.inputs[1]))
+            made.append((decision, original, layer.node.inputs[1]))
         else:
             layer.node.inputs[1] = shared
 

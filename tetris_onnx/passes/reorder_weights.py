@@ -31,5 +31,5 @@ def reorder_weights(graph: gs.Graph, plan: Plan) -> None:
         node.inputs[0] = add_gather(graph, layer.data, decision.in_perm, layer.in_axis, f"{name}/in")
         if not is_identity(decision.out_perm):
             output, axis = layer.output, layer.out_axis
-            node.outputs = [gs.Variable(name + REORDERED, output.dtype, output.shape)]
+            node.outputs = [gs.Variable(output.name + REORDERED, output.dtype, output.shape)]
             add_gather(graph, node.outputs[0], inverse(decision.out_perm), axis, f"{name}/out", output)

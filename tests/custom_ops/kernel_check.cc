@@ -1,0 +1,175 @@
+// Random convolutions and products through the CPU kernels, without onnxruntime: for processors that no onnxruntime is at
+// hand for, under an emulator if need be. Compares with sums in double; prints one line, exits with 1 on a difference.
+//   cmake -S custom_ops -B build -DTETRIS_KERNEL_CHECK=ON [-DCMAKE_TOOLCHAIN_FILE=...] && cmake --build build
+//   build/kernel_check 300
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <limits>
+#include <numeric>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "cpu/conv.h"
+#include "cpu/gemm.h"
+
+namespace {
+
+using tetris::Spatial;
+
+class TwoThreads final : public tetris::ThreadPool {
+ public:
+  void run(void (*function)(void* data, size_t index), size_t total, void* data) const override {
+    std::thread other([&] {
+      for (size_t i = 1; i < total; ++i) function(data, i);
+    });
+    function(data, 0);
+    other.join();
+  }
+};
+
+struct Random {
+  std::mt19937 engine{20181203};
+  int64_t to(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine); }
+  float value() { return std::normal_distribution<float>()(engine); }
+  std::vector<float> values(int64_t count) {
+    std::vector<float> v(static_cast<size_t>(count));
+    for (float& x : v) x = value();
+    return v;
+  }
+  std::vector<int64_t> permutation(int64_t count) {
+    std::vector<int64_t> v(static_cast<size_t>(count));
+    std::iota(v.begin(), v.end(), int64_t{0});
+    std::shuffle(v.begin(), v.end(), engine);
+    return v;
+  }
+};
+
+// A random weight and what it stands for.
+struct Weight {
+  std::vector<float> blocks, bias, dense;  // dense: [outputs][inputs][taps]
+  std::vector<int64_t> index, input_perm, output_perm;
+  tetris::BlockSparseWeight view{};
+
+  Weight(Random& random, int64_t outputs, int64_t inputs, int64_t taps)
+      : bias(random.values(outputs)),
+        dense(static_cast<size_t>(outputs * inputs * taps), 0.0F),
+        input_perm(random.permutation(inputs)),
+        output_perm(random.permutation(outputs)) {
+    const int64_t bo = random.to(1, 40), bi = random.to(1, 40);
+    for (int64_t r = 0; r * bo < outputs; ++r) {
+      for (int64_t c = 0; c * bi < inputs; ++c) {
+        if (random.to(0, 2) == 0) continue;
+        const std::vector<float> block = random.values(bo * bi * taps);
+        for (int64_t i = 0; i < bo && r * bo + i < outputs; ++i) {
+          for (int64_t j = 0; j < bi && c * bi + j < inputs; ++j) {
+            const int64_t to = output_perm[static_cast<size_t>(r * bo + i)] * inputs +
+                               input_perm[static_cast<size_t>(c * bi + j)];
+            std::copy_n(block.begin() + (i * bi + j) * taps, taps, dense.begin() + to * taps);
+          }
+        }
+        blocks.insert(blocks.end(), block.begin(), block.end());
+        index.insert(index.end(), {r, c});
+      }
+    }
+    view = {outputs,      inputs,       taps,
+            bo,           bi,           static_cast<int64_t>(index.size()) / 2,
+            blocks.data(), index.data(), input_perm.data(),
+            output_perm.data(), bias.data()};
+  }
+};
+
+// The largest difference, relative to the largest value.
+double difference(const std::vector<float>& y, const std::vector<double>& expected) {
+  double most = 0, scale = 1;
+  for (size_t i = 0; i < y.size(); ++i) {
+    most = std::isnan(y[i]) ? std::numeric_limits<double>::infinity() : std::max(most, std::abs(y[i] - expected[i]));
+    scale = std::max(scale, std::abs(expected[i]));
+  }
+  return most / scale;
+}
+
+double check_conv(Random& random, const tetris::KernelSet& kernels) {
+  tetris::ConvAttributes a{};
+  Spatial size{};
+  const bool same = random.to(0, 1) == 0;  // 3x3, stride 1, size kept: the kernels made for it
+  for (size_t d = 0; d < 3; ++d) {
+    const bool unused = d == 1 && random.to(0, 3) > 0;
+    a.kernel[d] = unused ? 1 : same && d != 1 ? 3 : random.to(1, 4);
+    a.strides[d] = unused || same ? 1 : random.to(1, 3);
+    a.dilations[d] = unused || same ? 1 : random.to(1, 2);
+    a.pads_begin[d] = unused ? 0 : same ? a.kernel[d] / 2 : random.to(0, 3);
+    a.pads_end[d] = unused ? 0 : same ? a.kernel[d] / 2 : random.to(0, 3);
+    size[d] = unused ? 1 : (a.kernel[d] - 1) * a.dilations[d] + random.to(1, d == 1 ? 4 : 40);
+  }
+  const int64_t batch = random.to(1, 2), inputs = random.to(1, 30), outputs = random.to(1, 30);
+  const int64_t taps = a.kernel[0] * a.kernel[1] * a.kernel[2];
+  const Weight weight(random, outputs, inputs, taps);
+  const Spatial out = tetris::conv_output_size(a, size);
+  const int64_t plane = size[0] * size[1] * size[2], out_plane = out[0] * out[1] * out[2];
+  const std::vector<float> x = random.values(batch * inputs * plane);
+  std::vector<double> expected(static_cast<size_t>(batch * outputs * out_plane));
+  for (int64_t n = 0; n < batch; ++n) {
+    for (int64_t o = 0; o < outputs; ++o) {
+      for (int64_t p = 0; p < out_plane; ++p) {
+        double sum = weight.bias[static_cast<size_t>(o)];
+        for (int64_t t = 0; t < taps; ++t) {
+          const Spatial at{p / (out[1] * out[2]), p / out[2] % out[1], p % out[2]};
+          const Spatial tap{t / (a.kernel[1] * a.kernel[2]), t / a.kernel[2] % a.kernel[1], t % a.kernel[2]};
+          int64_t from = 0;
+          bool inside = true;
+          for (size_t d = 0; d < 3; ++d) {
+            const int64_t q = at[d] * a.strides[d] + tap[d] * a.dilations[d] - a.pads_begin[d];
+            inside = inside && q >= 0 && q < size[d];
+            from = from * size[d] + q;
+          }
+          for (int64_t c = 0; inside && c < inputs; ++c) {
+            sum += static_cast<double>(weight.dense[static_cast<size_t>((o * inputs + c) * taps + t)]) *
+                   x[static_cast<size_t>((n * inputs + c) * plane + from)];
+          }
+        }
+        expected[static_cast<size_t>((n * outputs + o) * out_plane + p)] = std::clamp(sum, -20.0, 90.0);
+      }
+    }
+  }
+  std::vector<float> y(expected.size(), std::nanf(""));
+  const tetris::ConvKernel kernel(a, weight.view, {-20.0F, 90.0F}, kernels);
+  kernel.run(x.data(), batch, size, y.data(), TwoThreads());
+  return difference(y, expected);
+}
+
+double check_gemm(Random& random, const tetris::KernelSet& kernels) {
+  const int64_t samples = random.to(1, 30), inputs = random.to(1, 90), outputs = random.to(1, 90);
+  const Weight weight(random, outputs, inputs, 1);
+  const std::vector<float> x = random.values(samples * inputs);
+  std::vector<double> expected(static_cast<size_t>(samples * outputs));
+  for (int64_t s = 0; s < samples; ++s) {
+    for (int64_t o = 0; o < outputs; ++o) {
+      double sum = weight.bias[static_cast<size_t>(o)];
+      for (int64_t c = 0; c < inputs; ++c) {
+        sum += static_cast<double>(weight.dense[static_cast<size_t>(o * inputs + c)]) *
+               x[static_cast<size_t>(s * inputs + c)];
+      }
+      expected[static_cast<size_t>(s * outputs + o)] = std::clamp(sum, -20.0, 90.0);
+    }
+  }
+  std::vector<float> y(expected.size(), std::nanf(""));
+  tetris::GemmKernel(weight.view, {-20.0F, 90.0F}, kernels).run(x.data(), samples, y.data(), TwoThreads());
+  return difference(y, expected);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int count = argc > 1 ? std::atoi(argv[1]) : 300;
+  const tetris::KernelSet& kernels = tetris::select_kernels();
+  Random random;
+  double worst = 0;
+  for (int i = 0; i < count; ++i) {
+    worst = std::max({worst, check_conv(random, kernels), check_gemm(random, kernels)});
+  }
+  std::printf("%s: %d convolutions and products, largest relative difference %.1e\n", kernels.name, count, worst);
+  return worst < 1e-5 ? 0 : 1;  // float32 sums of some hundred products
+}

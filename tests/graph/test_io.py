@@ -1,0 +1,303 @@
+"""Model files: what is refused and how it is said, what is kept, and that nothing is half written."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+from models import Net, op_counts, random_feed, relative_error, run
+from onnx import TensorProto, helper, numpy_helper
+
+from tetris_onnx.graph import io
+from tetris_onnx.graph.io import ModelError
+
+
+def small(opset: int = 17) -> Net:
+    net = Net(opset)
+    x = net.input("x", ["N", 4, 8, 8])
+    net.output(net.op("Relu", net.conv(x, (4, 8)), out="y"))
+    return net
+
+
+def roundtrip(model: onnx.ModelProto) -> onnx.ModelProto:
+    return io.to_proto(io.to_graph(model), model)
+
+
+class TestLoad:
+    def test_reads_what_save_wrote(self, tmp_path: Path) -> None:
+        model = small().build()
+        io.save(model, tmp_path / "m.onnx")
+        assert io.load(tmp_path / "m.onnx") == model
+        assert io.load(str(tmp_path / "m.onnx")) == model
+
+    @pytest.mark.parametrize("content", [b"", b"garbage", b"\x08", b"\x00" * 64, bytes(range(256))], ids=range(5))
+    def test_other_files_are_refused_in_one_line(self, tmp_path: Path, content: bytes) -> None:
+        path = tmp_path / "m.onnx"
+        path.write_bytes(content)
+        with pytest.raises(ModelError) as error:
+            io.load(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+    def test_truncated_files_are_refused(self, tmp_path: Path) -> None:
+        data = small().build().SerializeToString()
+        path = tmp_path / "m.onnx"
+        for length in range(1, len(data) - 1, len(data) // 40):
+            path.write_bytes(data[:length])
+            with pytest.raises(ModelError) as error:
+                io.load(path)
+            assert "\n" not in str(error.value)
+
+    @pytest.mark.parametrize("name", ["missing.onnx", "."])
+    def test_missing_file_and_folder(self, tmp_path: Path, name: str) -> None:
+        with pytest.raises(ModelError, match="no such file"):
+            io.load(tmp_path / name)
+
+    def test_a_model_that_breaks_the_rules(self, tmp_path: Path) -> None:
+        net = small()
+        net.nodes[-1].input[0] = "nowhere"
+        path = tmp_path / "m.onnx"
+        path.write_bytes(net.build().SerializeToString())
+        with pytest.raises(ModelError, match="not a valid ONNX model"):
+            io.load(path)
+
+    def test_weights_of_another_size_than_declared(self, tmp_path: Path) -> None:
+        model = small().build()
+        model.graph.initializer[0].raw_data = model.graph.initializer[0].raw_data[:-4]
+        path = tmp_path / "m.onnx"
+        path.write_bytes(model.SerializeToString())
+        with pytest.raises(ModelError):
+            io.load(path)
+
+    def test_operators_of_another_domain_are_let_in(self, tmp_path: Path) -> None:
+        net = Net()
+        net.output(net.op("Magic", net.input("x", [2, 2]), domain="com.example", out="y"), shape=[2, 2])
+        io.save(net.build(), tmp_path / "m.onnx")
+        assert op_counts(io.load(tmp_path / "m.onnx")) == {"Magic": 1}
+
+    def test_external_data_is_read_and_its_absence_told(self, tmp_path: Path) -> None:
+        model = small().build()
+        onnx.save_model(
+            onnx.ModelProto.FromString(model.SerializeToString()),
+            tmp_path / "m.onnx",
+            save_as_external_data=True,
+            location="m.data",
+            size_threshold=0,
+        )
+        feed = random_feed(model)
+        assert relative_error(run(model, feed), run(io.load(tmp_path / "m.onnx"), feed)) == 0
+        (tmp_path / "m.data").unlink()
+        with pytest.raises(ModelError) as error:
+            io.load(tmp_path / "m.onnx")
+        assert "\n" not in str(error.value)
+
+
+class TestSave:
+    def test_replaces_the_file_and_leaves_nothing_beside_it(self, tmp_path: Path) -> None:
+        path = tmp_path / "m.onnx"
+        path.write_bytes(b"old")
+        model = small().build()
+        io.save(model, path)
+        assert path.read_bytes() == model.SerializeToString()
+        assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+        assert stat.S_IMODE(path.stat().st_mode) & 0o600 == 0o600
+        assert stat.S_IMODE(path.stat().st_mode) & 0o111 == 0
+
+    def test_a_failure_keeps_the_old_file(self, tmp_path: Path) -> None:
+        path = tmp_path / "m.onnx"
+        path.write_bytes(b"old")
+        with pytest.raises(RuntimeError), io.write_atomically(path) as file:
+            file.write(b"half")
+            raise RuntimeError
+        assert path.read_bytes() == b"old"
+        assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+    def test_a_full_disk_is_told_in_one_line(self, tmp_path: Path) -> None:
+        with pytest.raises(ModelError, match=r"cannot write .*m\.onnx"), io.write_atomically(tmp_path / "m.onnx"):
+            raise OSError(28, "No space left on device")
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("large", [False, True])
+    def test_no_such_folder(self, tmp_path: Path, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        if large:
+            monkeypatch.setattr(io, "_MAX_PROTO_BYTES", 100)
+        with pytest.raises(ModelError, match="cannot write"):
+            io.save(small().build(), tmp_path / "no" / "m.onnx")
+
+    def test_the_path_is_a_folder(self, tmp_path: Path) -> None:
+        (tmp_path / "m.onnx").mkdir()
+        with pytest.raises(ModelError, match="cannot write"):
+            io.save(small().build(), tmp_path / "m.onnx")
+        assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+    def test_large_models_keep_their_weights_beside_them(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(io, "_MAX_PROTO_BYTES", 1000)
+        net = Net()
+        x = net.input("x", ["N", 32])
+        net.output(net.gemm(x, (32, 64)))
+        model = net.build()
+        before = model.SerializeToString()
+        io.save(model, tmp_path / "m.onnx")
+        assert model.SerializeToString() == before
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+        assert (tmp_path / "m.onnx").stat().st_size < 1000
+        feed = random_feed(model)
+        assert relative_error(run(model, feed), run(io.load(tmp_path / "m.onnx"), feed)) == 0
+
+
+class TestToProto:
+    def test_keeps_what_a_graph_does_not_hold(self) -> None:
+        net = small()
+        net.inputs[0].doc_string = "an image"
+        model = net.build()
+        model.producer_name, model.producer_version = "maker", "1.2"
+        model.domain, model.model_version, model.doc_string = "org.example", 7, "about it"
+        model.graph.doc_string = "about the graph"
+        model.metadata_props.add(key="classes", value="cat,dog")
+        kept = roundtrip(model)
+        assert (kept.producer_name, kept.producer_version) == ("maker", "1.2")
+        assert (kept.domain, kept.model_version, kept.doc_string) == ("org.example", 7, "about it")
+        assert kept.graph.doc_string == "about the graph"
+        assert kept.metadata_props == model.metadata_props
+        assert kept.graph.input == model.graph.input and kept.graph.output == model.graph.output
+
+    def test_leaves_the_model_as_it_was(self) -> None:
+        model = small().build()
+        before = model.SerializeToString()
+        graph = io.to_graph(model)
+        for tensor in graph.tensors().values():
+            tensor.name += "/renamed"
+        graph.inputs[0].name = "x"
+        assert model.SerializeToString() == before
+        io.to_proto(io.to_graph(model), model)
+        assert model.SerializeToString() == before
+
+    def test_sizes_that_differ_do_not_get_one_name(self) -> None:
+        # onnxruntime takes equal names for equal sizes and reuses memory by them.
+        net = Net()
+        x = net.input("x", [None, 8, None, None])
+        a = net.op("Relu", net.conv(x, (8, 8), strides=[2, 2]))
+        net.output(net.conv(net.op("Relu", a), (8, 8), strides=[2, 2]))
+        model = roundtrip(net.build())
+        names = [d.dim_param for v in model.graph.value_info for d in v.type.tensor_type.shape.dim if d.dim_param]
+        assert len(names) == len(set(names))
+        feed = {"x": np.ones((2, 8, 33, 17), np.float32)}
+        assert relative_error(run(net.build(), feed), run(model, feed)) == 0
+
+    def test_weights_among_the_inputs_are_no_longer_inputs(self) -> None:
+        net = small(9)
+        for initializer in net.initializers:
+            net.input(initializer.name, list(initializer.dims))
+        model = net.build(ir_version=3)
+        result = roundtrip(io.raise_opset(model))
+        assert [i.name for i in result.graph.input] == ["x"]
+        onnx.checker.check_model(result, full_check=True)
+        feed = random_feed(model)
+        assert relative_error(run(model, feed), run(result, feed)) == 0
+
+    def test_every_node_has_a_name_of_its_own(self) -> None:
+        net = Net()
+        x = net.input("x", ["N", 4])
+        for out in ("a", "b", "c", "d"):
+            x = net.op("Relu", x, out=out)
+        net.output(x)
+        for node, name in zip(net.nodes, ["b", "", "b", ""], strict=True):
+            node.name = name
+        names = [node.name for node in io.to_graph(net.build()).nodes]
+        assert names[0] == "b" and names[3] == "d"
+        assert len(set(names)) == 4 and all(names)
+
+    def test_values_that_are_no_tensors(self) -> None:
+        net = Net()
+        x = net.input("x", ["N", 4])
+        net.op("SequenceConstruct", x, x, out="s")
+        model = net.build()
+        model.graph.output.append(helper.make_tensor_sequence_value_info("s", TensorProto.FLOAT, ["N", 4]))
+        result = roundtrip(model)
+        onnx.checker.check_model(result, full_check=True)
+        assert result.graph.output == model.graph.output
+
+    def test_sparse_initializers(self) -> None:
+        net = Net()
+        x = net.input("x", [2, 3])
+        net.output(net.op("Add", x, "s", out="y"))
+        model = net.build()
+        values = numpy_helper.from_array(np.array([5.0, 7.0], np.float32), "s")
+        indices = numpy_helper.from_array(np.array([1, 5], np.int64), "s_index")
+        model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [2, 3]))
+        result = roundtrip(model)
+        assert len(result.graph.sparse_initializer) == 1
+        feed = random_feed(model)
+        assert relative_error(run(model, feed), run(result, feed)) == 0
+
+    def test_initializers_read_in_a_subgraph_too(self) -> None:
+        model = if_model()
+        result = roundtrip(model)
+        onnx.checker.check_model(result, full_check=True)
+        for flag in (True, False):
+            feed = {"x": np.ones((2, 4), np.float32), "flag": np.array(flag)}
+            assert relative_error(run(model, feed), run(result, feed)) == 0
+
+
+def if_model() -> onnx.ModelProto:
+    """y = x + c where flag, else x * c, with the constant c in both graphs."""
+    net = Net()
+    x = net.input("x", ["N", 4])
+    net.input("flag", [], TensorProto.BOOL)
+    c = net.random(4, name="c")
+    branches = {}
+    for name, op in (("then_branch", "Add"), ("else_branch", "Mul")):
+        node = helper.make_node(op, [x, c], [f"{name}_y"])
+        branches[name] = helper.make_graph(
+            [node], name, [], [helper.make_tensor_value_info(f"{name}_y", TensorProto.FLOAT, ["N", 4])]
+        )
+    y = net.op("If", "flag", **branches)
+    net.output(net.op("Add", y, c, out="y"))
+    return net.build()
+
+
+class TestOpset:
+    @pytest.mark.parametrize("opset", range(7, 13))
+    def test_older_models_compute_the_same_after_conversion(self, opset: int) -> None:
+        net = Net(opset)
+        x = net.input("x", ["N", 4, 9, 9])
+        a = net.op("Relu", net.batchnorm(net.conv(x, (4, 8)), 8))
+        a = net.op("MaxPool", a, kernel_shape=[2, 2], strides=[2, 2])
+        a = net.op("Dropout", a)
+        a = net.op("Flatten", a)
+        net.output(net.op("Softmax", net.gemm(a, (128, 5)), out="y", axis=1))
+        model = net.build(ir_version=4 if opset < 9 else 7)
+        model.metadata_props.add(key="k", value="v")
+        model.doc_string = "doc"
+        before = model.SerializeToString()
+        raised = io.raise_opset(model)
+        assert model.SerializeToString() == before
+        assert io.opset(raised) == io.MIN_OPSET
+        assert raised.metadata_props == model.metadata_props and raised.doc_string == "doc"
+        result = roundtrip(raised)
+        onnx.checker.check_model(result, full_check=True)
+        feed = random_feed(model)
+        assert relative_error(run(model, feed), run(result, feed)) < 1e-6  # the same operators on other versions
+
+    @pytest.mark.parametrize("opset", [13, 21])
+    def test_newer_models_stay_as_they_are(self, opset: int) -> None:
+        model = small(opset).build()
+        assert io.raise_opset(model) is model
+
+    def test_what_cannot_be_converted_is_told_in_one_line(self) -> None:
+        net = Net(9)
+        net.output(net.op("Magic", net.input("x", [2, 2]), domain="com.example", out="y"))
+        net.nodes.append(helper.make_node("NoSuchOperator", ["x"], ["z"]))
+        with pytest.raises(ModelError, match=r"opset 9 .*export it again") as error:
+            io.raise_opset(net.build())
+        assert "\n" not in str(error.value)
+
+    def test_the_domain_may_be_spelled_out(self) -> None:
+        model = small().build()
+        model.opset_import[0].domain = "ai.onnx"
+        assert io.opset(model) == 17
+        assert io.raise_opset(model) is model
+        assert isinstance(io.to_graph(model), gs.Graph)

@@ -1,0 +1,298 @@
+"""Random valid models: whatever the topology, the result is the masked dense model and no Gather is left.
+
+``TETRIS_ONNX_EXAMPLES`` sets how many models are tried for each test (and then they are new ones every time).
+"""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import HealthCheck, given, note, settings
+from hypothesis import strategies as st
+from models import Net, block_sparse_nodes, our_gathers, random_feed, random_plan, relative_error, rewrite, run
+
+from tetris_onnx.optimize import masked_dense
+from tetris_onnx.plan import Plan
+
+EXAMPLES = int(os.environ.get("TETRIS_ONNX_EXAMPLES", "0"))
+SETTINGS = settings(
+    max_examples=EXAMPLES or 60,
+    derandomize=not EXAMPLES,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    print_blob=bool(EXAMPLES),
+)
+# Up to a dozen layers in a row, each summing in another order than in the reference.
+TOLERANCE = 1e-4
+
+ACTIVATIONS = ("Relu", "Sigmoid", "HardSwish", "LeakyRelu", "Tanh", "Elu", "Identity", "Abs")
+
+
+class Value:
+    """A value of the model that is written: its name and its shape (without the batch)."""
+
+    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+        self.name, self.shape = name, shape
+
+    @property
+    def channels(self) -> int:
+        return self.shape[0]
+
+
+@st.composite
+def models(draw: st.DrawFn) -> onnx.ModelProto:
+    """A model of convolutions that may end in matrix products, with forks, joins and reshapes in between."""
+    net = Net(draw(st.sampled_from([13, 17, 18])), seed=draw(st.integers(0, 2**16)))
+    axes = draw(st.sampled_from([2, 2, 2, 1, 3]))
+    channels = st.integers(2, 12).map(lambda n: 4 * n)
+    size = {1: 12, 2: 8, 3: 4}[axes]
+    first = Value("x", (draw(channels), *[size] * axes))
+    batch = draw(st.sampled_from(["N", 2]))
+    net.input("x", [batch, *first.shape])
+    values = [first]  # what may be read on
+
+    def pick() -> Value:
+        return values[draw(st.integers(max(0, len(values) - 3), len(values) - 1))]  # mostly the latest
+
+    def add(name: str, *shape: int) -> None:
+        values.append(Value(name, shape))
+
+    def conv(v: Value) -> None:
+        out, kernel = draw(channels), draw(st.sampled_from([1, 3]))
+        stride = draw(st.sampled_from([1, 1, 2])) if v.shape[1] > 3 else 1
+        kwargs = {"strides": [stride] * axes} if stride > 1 else {}
+        if draw(st.booleans()) and kernel == 3:
+            kwargs["auto_pad"] = draw(st.sampled_from(["SAME_UPPER", "SAME_LOWER"]))
+        name = net.conv(v.name, (v.channels, out), kernel, draw(st.booleans()), axes=axes, **kwargs)
+        add(name, out, *[-(-d // stride) for d in v.shape[1:]])
+
+    def conv_of_form(v: Value) -> None:
+        """The weight in a Constant node, behind an Identity or a Transpose."""
+        out = draw(channels)
+        weight = net.weight_values(out, v.channels, *[1] * axes)
+        form = draw(st.sampled_from(["Constant", "Identity", "Transpose"]))
+        if form == "Constant":
+            w = net.op("Constant", value=onnx.numpy_helper.from_array(weight))
+        elif form == "Identity":
+            w = net.op("Identity", net.constant(weight))
+        else:
+            order = [1, 0, *range(2, 2 + axes)]
+            w = net.op("Transpose", net.constant(np.ascontiguousarray(weight.transpose(order))), perm=order)
+        add(net.op("Conv", v.name, w), out, *v.shape[1:])
+
+    def depthwise(v: Value) -> None:
+        add(net.conv(v.name, (v.channels, v.channels), group=v.channels, axes=axes), *v.shape)
+
+    def grouped(v: Value) -> None:
+        add(net.conv(v.name, (v.channels, v.channels), group=2, axes=axes), *v.shape)
+
+    def activation(v: Value) -> None:
+        add(net.op(draw(st.sampled_from(ACTIVATIONS if net.opset >= 14 else ACTIVATIONS[:2])), v.name), *v.shape)
+
+    def clip(v: Value) -> None:
+        add(net.op("Clip", v.name, net.constant(np.float32(-0.5)), net.constant(np.float32(0.75))), *v.shape)
+
+    def per_channel(v: Value) -> None:
+        op = draw(st.sampled_from(["Mul", "Add", "PRelu", "Sub", "Max"]))
+        add(net.op(op, v.name, net.random(v.channels, *[1] * axes)), *v.shape)
+
+    def normalization(v: Value) -> None:
+        if draw(st.booleans()):
+            add(net.batchnorm(v.name, v.channels), *v.shape)
+        else:
+            vectors = net.random(v.channels, low=0.5), net.random(v.channels)
+            # (over a few values only: a large epsilon keeps rounding errors small)
+            add(net.op("InstanceNormalization", v.name, *vectors, epsilon=0.1), *v.shape)
+
+    def pool(v: Value) -> None:
+        if v.shape[1] < 2:
+            return
+        op = draw(st.sampled_from(["MaxPool", "AveragePool"]))
+        stride = draw(st.sampled_from([1, 2]))
+        name = net.op(op, v.name, kernel_shape=[2] * axes, strides=[stride] * axes)
+        add(name, v.channels, *[(d - 2) // stride + 1 for d in v.shape[1:]])
+
+    def join(v: Value) -> None:
+        """With a value of the same shape, or one that a convolution brings to the same number of channels."""
+        other = next((o for o in reversed(values[:-1]) if o.shape[1:] == v.shape[1:] and o is not v), None)
+        if other is None:
+            return
+        name = other.name
+        if other.channels != v.channels:
+            name = net.conv(name, (other.channels, v.channels), 1, axes=axes)
+        op = draw(st.sampled_from(["Add", "Mul", "Sub", "Max"]))
+        operands = [v.name, name] if draw(st.booleans()) else [name, v.name]
+        add(net.op(op, *operands), *v.shape)
+
+    def concat(v: Value) -> None:
+        others = [o for o in values if o.shape[1:] == v.shape[1:]]
+        other = others[draw(st.integers(0, len(others) - 1))]
+        if v.channels + other.channels <= 64:
+            add(
+                net.op("Concat", v.name, other.name, axis=draw(st.sampled_from([1, -1 - axes]))),
+                v.channels + other.channels,
+                *v.shape[1:],
+            )
+
+    def concat_of_pixels(v: Value) -> None:
+        if v.shape[1] <= 8:
+            add(net.op("Concat", v.name, v.name, axis=2), v.channels, 2 * v.shape[1], *v.shape[2:])
+
+    def split(v: Value) -> None:
+        if v.channels < 2:
+            return
+        first_part = draw(st.integers(1, v.channels - 1))
+        parts = net.ops("Split", [v.name, net.constant([first_part, v.channels - first_part])], 2, axis=1)
+        add(parts[0], first_part, *v.shape[1:])
+        add(parts[1], v.channels - first_part, *v.shape[1:])
+
+    def squeeze_excite(v: Value) -> None:
+        s = net.op("Relu", net.conv(net.op("GlobalAveragePool", v.name), (v.channels, 8), 1, axes=axes))
+        s = net.op("Sigmoid", net.conv(s, (8, v.channels), 1, axes=axes))
+        add(net.op("Mul", v.name, s), *v.shape)
+
+    def resize(v: Value) -> None:
+        if v.shape[1] <= 4:
+            scales = net.constant(np.array([1, 1, *[2] * axes], np.float32))
+            add(net.op("Resize", v.name, "", scales, mode="nearest"), v.channels, *[2 * d for d in v.shape[1:]])
+
+    def pad(v: Value) -> None:
+        if v.shape[1] <= 8:
+            name = net.op("Pad", v.name, net.constant([0, 0, *[1] * axes, 0, 0, *[0] * axes]))
+            add(name, v.channels, *[d + 1 for d in v.shape[1:]])
+
+    def crop(v: Value) -> None:
+        if v.shape[1] > 2:
+            name = net.op("Slice", v.name, net.constant([1]), net.constant([100]), net.constant([2]))
+            add(name, v.channels, v.shape[1] - 1, *v.shape[2:])
+
+    def shuffle(v: Value) -> None:
+        """ShuffleNet's: takes channels apart."""
+        name = net.op("Reshape", v.name, net.constant([0, 2, v.channels // 2, *v.shape[1:]]))
+        if v.channels % 2 == 0:
+            name = net.op("Transpose", name, perm=[0, 2, 1, *range(3, 3 + axes)])
+            add(net.op("Reshape", name, net.constant([0, *v.shape])), *v.shape)
+
+    def channels_last(v: Value) -> None:
+        """To NHWC, a matrix product or an operator there, and back."""
+        name = net.op("Transpose", v.name, perm=[0, *range(2, 2 + axes), 1])
+        out = v.channels
+        if draw(st.booleans()):
+            out = draw(channels)
+            name = net.matmul(name, (v.channels, out))
+            if draw(st.booleans()):
+                name = net.op("Add", name, net.random(out))
+        name = net.op("Relu", name)
+        add(net.op("Transpose", name, perm=[0, 1 + axes, *range(1, 1 + axes)]), out, *v.shape[1:])
+
+    def user_gather(v: Value) -> None:
+        perm = net.rng.permutation(v.channels).tolist()
+        add(net.op("Gather", v.name, net.constant(perm), axis=1), *v.shape)
+
+    def output(v: Value) -> None:
+        if v is not first and v.name not in {o.name for o in net.outputs}:
+            net.output(v.name)
+
+    steps = [
+        conv,
+        conv,
+        conv,
+        conv_of_form,
+        depthwise,
+        grouped,
+        activation,
+        activation,
+        clip,
+        per_channel,
+        normalization,
+    ]
+    steps += [pool, join, join, concat, concat_of_pixels, split, squeeze_excite, resize, pad, crop, channels_last]
+    steps += [shuffle, user_gather, output]
+    conv(first)
+    for step in draw(st.lists(st.sampled_from(steps), min_size=2, max_size=12)):
+        v = pick()
+        if step in (grouped, shuffle) and v.channels % 2:
+            continue
+        step(v)
+    v = values[-1]
+    if v is first:
+        conv(v)
+        v = values[-1]
+    head = draw(st.sampled_from(["none", "flatten", "nhwc flatten", "pool", "mean"]))
+    if head == "none":
+        output(v)
+        if not net.outputs:
+            net.output(v.name)
+        return net.build()
+    name, length = v.name, int(np.prod(v.shape))
+    if length > 2048:
+        head = "pool"
+    if head == "flatten":
+        name = net.op("Flatten", name) if draw(st.booleans()) else net.op("Reshape", name, net.constant([0, -1]))
+    elif head == "nhwc flatten":
+        name = net.op("Transpose", name, perm=[0, *range(2, 2 + axes), 1])
+        name = net.op("Reshape", name, net.constant([-1, length]))
+    elif head == "pool":
+        name, length = net.op("Flatten", net.op("GlobalAveragePool", name)), v.channels
+    elif net.opset < 18:
+        name, length = net.op("ReduceMean", name, axes=list(range(2, 2 + axes)), keepdims=0), v.channels
+    else:
+        name, length = net.op("ReduceMean", name, net.constant(list(range(2, 2 + axes))), keepdims=0), v.channels
+    for _ in range(draw(st.integers(1, 3))):
+        out = draw(channels)
+        form = draw(st.sampled_from(["matmul", "matmul+add", "gemm", "gemm transB", "gemm alpha beta", "gemm C"]))
+        weight = net.weight_values(out, length)
+        if form.startswith("matmul"):
+            name = net.op("MatMul", name, net.constant(np.ascontiguousarray(weight.T)))
+            if form.endswith("add"):
+                operands = [name, net.random(out)]
+                name = net.op("Add", *(operands if draw(st.booleans()) else operands[::-1]))
+        elif form == "gemm":
+            name = net.op("Gemm", name, net.constant(np.ascontiguousarray(weight.T)), net.random(out))
+        elif form == "gemm transB":
+            name = net.op("Gemm", name, net.constant(weight), transB=1)
+        elif form == "gemm alpha beta":
+            shape = draw(st.sampled_from([(1, out), (out,), (1,), ()]))
+            name = net.op("Gemm", name, net.constant(weight), net.random(*shape), transB=1, alpha=0.5, beta=2.0)
+        else:
+            name = net.op("Gemm", name, net.constant(weight), net.op("Neg", net.random(1, out)), transB=1)
+        length = out
+        if draw(st.booleans()):
+            name = net.op(draw(st.sampled_from(["Relu", "Sigmoid", "Dropout"])), name)
+        if draw(st.booleans()):
+            name = net.op("Softmax", name, axis=-1) if draw(st.booleans()) else net.batchnorm(name, length)
+    net.output(name)
+    return net.build()
+
+
+def plan_of(model: onnx.ModelProto, draw: st.DataObject) -> Plan:
+    block = draw.draw(st.sampled_from([(4, 4), (8, 8), (16, 4), (5, 7)]), "block size")
+    density = draw.draw(st.sampled_from([0.0, 0.3, 0.7, 1.0]), "density")
+    names = [layer.layer for layer in random_plan(model)]
+    ends = [f"{name}.{end}" for name in names for end in ("in", "out")]
+    fixed = draw.draw(st.lists(st.sampled_from(ends), max_size=4), "identity") if ends else []
+    skip = draw.draw(st.lists(st.sampled_from(names), max_size=2), "dense") if names else []
+    return random_plan(model, block, density, draw.draw(st.integers(0, 99), "seed"), fixed, skip)
+
+
+@pytest.mark.parametrize("gathers", ["absorb", "keep"])
+@SETTINGS
+@given(data=st.data())
+def test_any_model(gathers: str, data: st.DataObject) -> None:
+    model = data.draw(models(), "model")
+    note(onnx.printer.to_text(model))
+    onnx.checker.check_model(model, full_check=True)
+    plan = plan_of(model, data)
+    before = model.SerializeToString()
+    result = rewrite(model, plan, gathers)
+    assert model.SerializeToString() == before
+    assert len(block_sparse_nodes(result)) == len(plan)
+    onnx.checker.check_model(result, full_check=True)
+    feed = random_feed(model)
+    expected = run(masked_dense(model, plan), feed)
+    assert relative_error(expected, run(result, feed)) <= TOLERANCE
+    if gathers == "absorb":
+        assert our_gathers(result, model) <= 0

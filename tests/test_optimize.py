@@ -1,0 +1,213 @@
+"""End to end on small models: the result is verified, nothing is changed, and a mistake leaves nothing behind."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+from models import Net, block_sparse_nodes, op_counts, random_feed, relative_error, run
+
+from tetris_onnx import runtime
+from tetris_onnx.config import Config, LayerRule
+from tetris_onnx.graph import io
+from tetris_onnx.graph.io import ModelError
+from tetris_onnx.passes import PassError
+from tetris_onnx.plan import Plan, PlanError
+
+# "import tetris_onnx.optimize as m" would find the function of the same name in the package.
+pipeline = importlib.import_module("tetris_onnx.optimize")
+optimize, masked_dense, Result = pipeline.optimize, pipeline.masked_dense, pipeline.Result
+
+CONFIG = Config(block_size=(16, 16), workers=1)
+
+
+@pytest.fixture(autouse=True)
+def _library(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_library(monkeypatch)
+
+
+def without_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the op library is not built, the models run on the functions that they carry."""
+    try:
+        runtime.get_library_path()
+    except runtime.OpLibraryMissingError:
+        monkeypatch.setattr("tetris_onnx.session.uses_our_ops", lambda model: False)
+
+
+def network(opset: int = 17, seed: int = 0) -> onnx.ModelProto:
+    net = Net(opset, seed)
+    a = net.op("Relu", net.batchnorm(net.conv(net.input("x", ["N", 3, 12, 12]), (3, 32)), 32))
+    a = net.op("Relu", net.op("Add", net.conv(net.op("Relu", net.conv(a, (32, 32))), (32, 32)), a))
+    a = net.op("Flatten", net.op("MaxPool", a, kernel_shape=[3, 3], strides=[3, 3]))
+    a = net.op("Relu", net.gemm(a, (512, 96)))
+    net.output(net.op("Softmax", net.gemm(a, (96, 10)), axis=1), shape=["N", 10])
+    model = net.build(ir_version=4 if opset < 13 else 8)
+    model.metadata_props.add(key="classes", value="ten")
+    return model
+
+
+@pytest.fixture(scope="module")
+def first() -> Result:
+    """One run, for what needs no run of its own."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        without_library(monkeypatch)
+        return optimize(network(), CONFIG)
+
+
+@pytest.mark.parametrize(("gathers", "opset"), [("absorb", 9), ("absorb", 13), ("absorb", 20), ("keep", 17)])
+def test_a_model(gathers: str, opset: int) -> None:
+    model = network(opset)
+    before = model.SerializeToString()
+    result = optimize(model, replace(CONFIG, gathers=gathers))
+    assert model.SerializeToString() == before
+    assert len(result.plan) == len(block_sparse_nodes(result.model)) == 3
+    report = result.report
+    assert [row.status for row in report.layers] == ["dense", *["block-sparse"] * 3, "dense"]
+    assert 0 < report.max_error < 1e-5
+    # Before, in and behind the residual block, and before the two products; one may be no reordering.
+    assert report.gathers == op_counts(result.model)["Gather"]
+    assert report.gathers == 0 if gathers == "absorb" else 4 <= report.gathers <= 5
+    assert report.bytes_after == result.model.ByteSize() < report.bytes_before == len(before)
+    assert {"load", "plan", "rewrite", "verify"} <= report.seconds.keys()
+    onnx.checker.check_model(result.model, full_check=True)
+    assert list(result.model.metadata_props) == list(model.metadata_props)
+    reference = masked_dense(io.raise_opset(model), result.plan)
+    feed = random_feed(model)
+    assert relative_error(run(reference, feed), run(result.model, feed)) < 1e-5
+    assert relative_error(run(model, feed), run(result.model, feed)) > 1e-3  # it is pruned
+
+
+def test_a_file_and_a_second_run_give_the_same(tmp_path: Path, first: Result) -> None:
+    path = tmp_path / "m.onnx"
+    io.save(network(), path)
+    before = path.read_bytes()
+    result = optimize(path, CONFIG)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+    assert result.report.model == str(path)
+    assert result.model == first.model
+
+
+def test_a_plan_from_before(tmp_path: Path, first: Result) -> None:
+    first.plan.save(tmp_path / "plan.npz")
+    again = optimize(network(), CONFIG, Plan.load(tmp_path / "plan.npz"))
+    assert again.model == first.model
+    tuned = optimize(network(seed=1), CONFIG, Plan.load(tmp_path / "plan.npz"))
+    assert len(block_sparse_nodes(tuned.model)) == 3 and tuned.model != first.model
+
+
+def test_a_plan_for_another_model(first: Result) -> None:
+    net = Net()
+    net.output(net.gemm(net.input("x", ["N", 64]), (64, 64)))
+    with pytest.raises(PlanError, match="for another model"):
+        optimize(net.build(), CONFIG, first.plan)
+
+
+@pytest.mark.parametrize("gathers", ["absorb", "keep"])
+def test_the_result_can_be_optimized_again(gathers: str, first: Result) -> None:
+    once = optimize(network(), replace(CONFIG, gathers=gathers), first.plan)
+    second = optimize(once.model, CONFIG)
+    assert len(second.plan) == 0
+    assert len(block_sparse_nodes(second.model)) == 3
+    assert [row.reason for row in second.report.layers].count("it is block-sparse already") == 3
+    feed = random_feed(network())
+    assert relative_error(run(once.model, feed), run(second.model, feed)) < 1e-6
+
+
+def test_dumps(tmp_path: Path, first: Result) -> None:
+    result = optimize(network(), CONFIG, first.plan, dump_passes=tmp_path)
+    dumps = sorted(tmp_path.iterdir())
+    assert [d.name.split("_", 1)[1] for d in dumps] == [f"{s.name}.onnx" for s in pipeline.pipeline(result.plan)]
+    assert io.load(dumps[-1]) == result.model
+    assert not any(d.name.startswith(".") for d in dumps)
+
+
+def test_no_layer_to_prune() -> None:
+    net = Net()
+    net.output(net.op("Relu", net.input("x", ["N", 4])))
+    result = optimize(net.build(), CONFIG)
+    assert len(result.plan) == 0 and result.report.layers == () and result.report.max_error == 0
+    assert any("no layer was pruned" in note for note in result.report.notes)
+    skipped = optimize(network(), Config(layers=(LayerRule("*", skip=True),)))
+    assert {row.reason for row in skipped.report.layers} == {"the config skips it"}
+
+
+def test_stages_are_told() -> None:
+    seen: list[tuple[str, int, int]] = []
+    optimize(network(), CONFIG, progress=lambda *step: seen.append(step))
+    assert [s for s in dict.fromkeys(stage for stage, _, _ in seen)] == ["load", "plan", "search", "rewrite", "verify"]
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage"])
+def test_files_that_are_no_models(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m.onnx").write_bytes(content)
+    with pytest.raises(ModelError):
+        optimize(tmp_path / "m.onnx", CONFIG)
+    with pytest.raises(ModelError, match="no such file"):
+        optimize(tmp_path / "no.onnx", CONFIG)
+
+
+def spoil(name: str, monkeypatch: pytest.MonkeyPatch, change: Callable[[gs.Graph], None]) -> None:
+    """Let a pass do something wrong behind what it does."""
+    original = getattr(pipeline, name)
+
+    def wrong(graph: gs.Graph, *args: object, **named: object) -> None:
+        original(graph, *args, **named)
+        change(graph)
+
+    monkeypatch.setattr(pipeline, name, wrong)
+
+
+def swap_two_channels(graph: gs.Graph) -> None:
+    node = next(n for n in graph.nodes if n.domain == "ai.tetris")
+    perm = np.array(node.inputs[3].values)
+    perm[[0, 1]] = perm[[1, 0]]
+    node.inputs[3] = gs.Constant("swapped", perm)
+
+
+def nudge_a_bias(graph: gs.Graph) -> None:
+    node = next(n for n in graph.nodes if n.domain == "ai.tetris")
+    node.inputs[5] = gs.Constant("nudged", node.inputs[5].values + np.float32(1e-2))
+
+
+@pytest.mark.parametrize("change", [swap_two_channels, nudge_a_bias])
+def test_a_wrong_pass_is_found(
+    change: Callable[[gs.Graph], None], monkeypatch: pytest.MonkeyPatch, first: Result
+) -> None:
+    spoil("absorb_gathers", monkeypatch, change)
+    with pytest.raises(pipeline.VerificationError, match="nothing was written"):
+        optimize(network(), CONFIG, first.plan)
+
+
+def test_a_pass_that_loses_a_value_is_found(monkeypatch: pytest.MonkeyPatch, first: Result) -> None:
+    spoil("fold_gathers", monkeypatch, lambda graph: graph.nodes[3].outputs.clear())
+    with pytest.raises(PassError, match="fold_gathers"):
+        optimize(network(), CONFIG, first.plan)
+
+
+def test_a_final_softmax_does_not_hide_an_error() -> None:
+    """A saturated Softmax gives the same for very different logits."""
+    net = Net()
+    a = net.op("Mul", net.gemm(net.input("x", ["N", 64]), (64, 64)), net.constant(np.float32(1000)))
+    net.output(net.op("Softmax", a, axis=1))
+    model = net.build()
+    wrong = onnx.ModelProto.FromString(model.SerializeToString())
+    values = onnx.numpy_helper.to_array(wrong.graph.initializer[0]).copy()
+    values[np.abs(values) < 0.01] = 0
+    wrong.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(values, wrong.graph.initializer[0].name))
+    for proto in (model, wrong):
+        proto.graph.value_info.extend(onnx.shape_inference.infer_shapes(proto).graph.value_info)
+    with pytest.raises(pipeline.VerificationError):
+        pipeline.verify(wrong, model, 1e-4)
+
+
+def test_no_temporary_files_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: Result) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    optimize(network(), CONFIG, first.plan)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,305 @@
+"""What is planned for each layer, and why not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from models import Net, check_rewrite, rewrite, weights_of
+from onnx import TensorProto
+
+from tetris_onnx import planner
+from tetris_onnx.algorithms.permutation import is_identity
+from tetris_onnx.algorithms.reorder import Reordering
+from tetris_onnx.config import Config, LayerRule
+from tetris_onnx.graph import io
+from tetris_onnx.graph.channels import gather_permutation
+from tetris_onnx.plan import LayerPlan, Plan, PlanError
+from tetris_onnx.planner import inspect, make_plan, match_plan, prepare
+from tetris_onnx.report import LayerReport
+
+
+def planned(net: Net, **options: object) -> tuple[Plan, dict[str, LayerReport]]:
+    config = Config(**({"workers": 1, "block_size": (16, 16)} | options))  # type: ignore[arg-type]
+    plan, rows = make_plan(prepare(io.to_graph(net.build())), config)
+    return plan, {row.layer: row for row in rows}
+
+
+def network() -> Net:
+    """Four layers of 32 channels between a small first and a small last one."""
+    net = Net()
+    a = net.op("Relu", net.conv(net.input("x", ["N", 3, 16, 16]), (3, 32)))
+    for _ in range(3):
+        a = net.op("Relu", net.batchnorm(net.conv(a, (32, 32)), 32))
+    a = net.op("Flatten", net.op("MaxPool", a, kernel_shape=[4, 4], strides=[4, 4]))
+    a = net.op("Relu", net.gemm(a, (512, 128)))
+    net.output(net.gemm(a, (128, 10)))
+    return net
+
+
+def test_every_layer_has_a_row_with_a_reason_or_a_plan() -> None:
+    plan, rows = planned(network())
+    assert list(rows) == ["conv1", "conv2", "conv3", "conv4", "gemm1", "gemm2"]
+    assert [p.layer for p in plan] == ["conv2", "conv3", "conv4", "gemm1"]
+    for name, row in rows.items():
+        decision = plan.get(name)
+        if decision is None:
+            assert row.status == "dense" and row.reason and row.density == 1 and row.block_size is None
+            assert row.kept_parameters == row.parameters and row.retained is None
+        else:
+            assert row.status == "block-sparse" and row.reason == ""
+            assert row.block_size == decision.block_size == (16, 16)
+            assert row.density == pytest.approx(0.5) and row.kept_parameters == row.parameters // 2
+            assert row.retained is not None and row.baseline is not None
+            assert row.baseline <= row.retained <= 1
+    assert "first layer" in rows["conv1"].reason and "3 x 32" in rows["conv1"].reason
+    assert "last layer" in rows["gemm2"].reason
+    assert rows["conv2"].macs == 16 * 16 * 32 * 32 * 9 and rows["gemm1"].macs == 512 * 128
+
+
+def test_the_kept_blocks_are_the_best_of_the_reordered_weight() -> None:
+    net = network()
+    plan, rows = planned(net)
+    decision = plan.get("conv3")
+    assert decision is not None
+    graph = prepare(io.to_graph(net.build()))
+    weight = next(n for n in graph.nodes if n.outputs[0].name == "conv3").inputs[1].values
+    scores = np.abs(weight).sum((2, 3))[decision.out_perm][:, decision.in_perm]
+    sums = scores.reshape(2, 16, 2, 16).sum((1, 3))
+    assert sums[decision.keep].min() >= sums[~decision.keep].max()
+    assert rows["conv3"].retained == pytest.approx(sums[decision.keep].sum() / sums.sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("reorder", ["exact", "greedy", "none"])
+def test_reordering_never_retains_less(reorder: str) -> None:
+    plan, rows = planned(network(), reorder=reorder)
+    for decision in plan:
+        row = rows[decision.layer]
+        assert row.retained is not None and row.baseline is not None
+        if reorder == "none":
+            assert is_identity(decision.out_perm) and is_identity(decision.in_perm)
+            assert row.retained == row.baseline
+        else:
+            assert row.retained > row.baseline  # (not only at least: the weights are random)
+
+
+def same(a: Plan, b: Plan) -> bool:
+    return len(a) == len(b) and all(
+        p.layer == q.layer
+        and all(np.array_equal(getattr(p, f), getattr(q, f)) for f in ("out_perm", "in_perm", "keep", "block_size"))
+        for p, q in zip(a, b, strict=True)
+    )
+
+
+def test_deterministic_whatever_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tetris_onnx.planner._WORTH_PROCESSES", 0)
+    net = Net()
+    a = net.conv(net.input("x", ["N", 32, 16, 16]), (32, 32), kernel=1)
+    net.output(net.conv(a, (32, 48), kernel=1))
+    first = planned(net, workers=1)[0]
+    assert len(first) == 2
+    assert same(first, planned(net, workers=1)[0])
+    assert same(first, planned(net, workers=2)[0])
+
+
+def test_progress_is_told() -> None:
+    seen: list[tuple[str, int, int]] = []
+    graph = prepare(io.to_graph(network().build()))
+    make_plan(graph, Config(workers=1, block_size=(16, 16)), lambda *step: seen.append(step))
+    assert seen == [("search", i, 4) for i in (1, 2, 3, 4)]
+
+
+def test_rules() -> None:
+    net = network()
+    rules = (
+        LayerRule("node_conv1", sparsity=0.25),  # explicit: although it is small
+        LayerRule("node_conv2", skip=True),
+        LayerRule("node_conv3", sparsity=0.0),
+        LayerRule("node_conv*", block_size=(8, 4)),
+        LayerRule("conv4", skip=True),  # the name of the output is not that of the node
+    )
+    plan, rows = planned(net, layers=rules)
+    assert [p.layer for p in plan] == ["conv1", "conv4", "gemm1"]
+    assert rows["conv2"].reason == "the config skips it"
+    assert rows["conv3"].reason == "its sparsity is 0"
+    first = plan.get("conv1")
+    assert first is not None and first.block_size == (16, 2)  # shrunk until there are two along each axis
+    assert rows["conv1"].density == pytest.approx(0.75, abs=0.13)
+    fourth = plan.get("conv4")
+    assert fourth is not None and fourth.block_size == (8, 4)
+
+
+def test_small_layers_stay_dense() -> None:
+    net = Net()
+    a = net.op("Relu", net.conv(net.input("x", ["N", 32, 8, 8]), (32, 8)))
+    a = net.op("Relu", net.conv(a, (8, 32)))
+    a = net.conv(net.op("GlobalAveragePool", a), (32, 32), kernel=1)
+    net.output(net.conv(a, (32, 32)))
+    rows = planned(net, block_size=(32, 32))[1]
+    assert "first layer" in rows["conv1"].reason
+    assert "blocks of 16x4, too small" in rows["conv2"].reason
+    assert "1024 multiplications" in rows["conv3"].reason
+    # What the user asks for is done.
+    plan, _ = planned(net, block_size=(32, 32), layers=(LayerRule("node_conv[23]"),))
+    assert [p.layer for p in plan] == ["conv2", "conv3"]
+
+
+def test_too_few_blocks() -> None:
+    net = Net()
+    net.output(net.conv(net.input("x", ["N", 32, 16, 16]), (32, 32)))
+    rows = planned(net, sparsity=0.1)[1]
+    assert "too few blocks" in rows["conv1"].reason
+
+
+def test_a_weight_that_is_not_finite() -> None:
+    net = Net()
+    a = net.conv(net.input("x", ["N", 32, 16, 16]), (32, 32))
+    weight = np.ones((32, 32, 3, 3), np.float32)
+    weight[3, 4, 1, 1] = np.nan
+    a = net.op("Conv", a, net.constant(weight), pads=[1] * 4)
+    net.output(net.conv(a, (32, 32)))
+    plan, rows = planned(net)
+    assert [p.layer for p in plan] == ["conv1", "conv3"]
+    assert "NaN" in rows["conv2"].reason
+
+
+def test_a_shared_weight_is_searched_once_and_stored_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Net()
+    a = net.input("x", ["N", 32, 16, 16])
+    weight = net.constant(net.weight_values(32, 32, 3, 3), "w")
+    for _ in range(3):
+        a = net.op("Relu", net.op("Conv", a, weight, pads=[1] * 4))
+    net.output(a)
+    searches: list[int] = []
+
+    def counted(tasks: list[tuple], *rest: Any) -> list[Reordering]:
+        searches.append(len(tasks))
+        return run(tasks, *rest)
+
+    run = planner._run
+    monkeypatch.setattr(planner, "_run", counted)
+    plan, _ = planned(net)
+    assert searches == [1] and len(plan) == 3
+    result = check_rewrite(net.build(), plan)
+    blocks = {node.input[1] for node in result.graph.node if node.op_type == "BlockSparseConv"}
+    assert len(blocks) == 1
+    assert sum(w.ndim == 5 for w in weights_of(result).values()) == 1
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (32, 64)])
+def test_a_weight_shared_by_a_product_and_its_transpose(shape: tuple[int, int]) -> None:
+    """Tied weights: x W and h W^T are two different searches."""
+    net = Net()
+    x = net.input("x", ["N", 40, shape[0]])
+    weight = net.random(*shape, low=-0.3, high=0.3)
+    h = net.op("Relu", net.op("MatMul", x, weight))
+    h = net.op("Reshape", h, net.constant([-1, shape[1]]))
+    net.output(net.op("Gemm", h, weight, transB=1))
+    rules = (LayerRule("*"),)
+    plan, _ = planned(net, layers=rules)
+    assert [p.shape for p in plan] == [shape[::-1], shape]
+    check_rewrite(net.build(), plan)
+    # The same decision for both: the masks are each other's transposes only by chance.
+    if shape[0] == shape[1]:
+        first = plan.layers[0]
+        twice = Plan(
+            tuple(LayerPlan(p.layer, first.out_perm, first.in_perm, first.block_size, first.keep) for p in plan)
+        )
+        check_rewrite(net.build(), twice)
+
+
+def test_keep_mode_leaves_the_borders_in_their_order() -> None:
+    net = Net()
+    a = net.op("Relu", net.conv(net.input("x", ["N", 32, 16, 16]), (32, 32)))
+    # The batch size comes from the input: that path carries no channels.
+    batch = net.op("Slice", net.op("Shape", "x"), net.constant([0]), net.constant([1]))
+    a = net.op("Relu", net.conv(a, (32, 32)))
+    a = net.op("Reshape", a, net.op("Concat", batch, net.constant([-1]), axis=0))
+    net.output(net.gemm(a, (32 * 256, 32)))
+    plan, _ = planned(net, gathers="keep")
+    first, middle, last = plan.layers
+    assert is_identity(first.in_perm) and not is_identity(first.out_perm)
+    assert not is_identity(middle.in_perm) and not is_identity(middle.out_perm)
+    assert not is_identity(last.in_perm) and is_identity(last.out_perm)
+    result = rewrite(net.build(), plan, "keep")
+    assert sum(gather_permutation(n) is not None for n in io.to_graph(result).nodes) == 2
+    free, _ = planned(net)
+    assert not is_identity(free.layers[0].in_perm) and not is_identity(free.layers[2].out_perm)
+
+
+def test_layers_that_are_block_sparse_already() -> None:
+    net = network()
+    plan, _ = planned(net)
+    result = rewrite(net.build(), plan)
+    graph = prepare(io.to_graph(result))
+    again, rows = make_plan(graph, Config(workers=1, block_size=(16, 16)))
+    assert len(again) == 0
+    assert [row.reason for row in rows].count("it is block-sparse already") == 4
+    with pytest.raises(PlanError):
+        match_plan(graph, plan, Config())
+
+
+def test_no_layers_at_all() -> None:
+    net = Net()
+    net.output(net.op("Relu", net.input("x", [2, 2])))
+    plan, rows = planned(net)
+    assert len(plan) == 0 and rows == {}
+
+
+class TestMatchPlan:
+    def test_another_export_with_other_weights(self) -> None:
+        net = network()
+        plan, rows = planned(net)
+        tuned = network()
+        for initializer in tuned.initializers:
+            if initializer.data_type == TensorProto.FLOAT:
+                values = onnx.numpy_helper.to_array(initializer)
+                noise = tuned.rng.normal(scale=0.01, size=values.shape).astype(np.float32)
+                initializer.CopyFrom(onnx.numpy_helper.from_array(values + noise, initializer.name))
+        graph = prepare(io.to_graph(tuned.build()))
+        found = {row.layer: row for row in match_plan(graph, plan, Config())}
+        for name, row in rows.items():
+            assert found[name].status == row.status and found[name].density == row.density
+            if row.retained is not None and row.baseline is not None:
+                assert found[name].retained == pytest.approx(row.retained, abs=0.02)
+                assert found[name].baseline == pytest.approx(row.baseline, abs=0.02)
+            else:
+                assert found[name].reason
+        check_rewrite(tuned.build(), plan)
+
+    def test_a_layer_that_is_not_planned(self) -> None:
+        net = network()
+        plan, _ = planned(net)
+        part = Plan(plan.layers[1:])
+        rows = {r.layer: r for r in match_plan(prepare(io.to_graph(net.build())), part, Config(block_size=(16, 16)))}
+        assert rows["conv2"].status == "dense" and rows["conv2"].reason == "it is not in the plan"
+
+    @pytest.mark.parametrize("change", ["name", "shape", "grouped"])
+    def test_another_model(self, change: str) -> None:
+        plan, _ = planned(network())
+        net = Net()
+        x = net.input("x", ["N", 32, 16, 16])
+        for _ in range(5):
+            x = net.conv(x, (32, 32), group=2 if change == "grouped" else 1)
+        if change == "shape":
+            net = Net()
+            x = net.conv(net.conv(net.input("x", ["N", 32, 16, 16]), (32, 32)), (32, 48))
+        net.output(x)
+        with pytest.raises(PlanError) as error:
+            match_plan(prepare(io.to_graph(net.build())), plan, Config())
+        message = str(error.value)
+        assert "\n" not in message
+        expected = {
+            "name": "no layer 'gemm1'",
+            "shape": "has 32 x 32 channels, the model's 48 x 32",
+            "grouped": "grouped",
+        }
+        assert expected[change] in message
+
+
+def test_inspect() -> None:
+    rows = {row.layer: row for row in inspect(network().build(), Config(block_size=(16, 16)))}
+    assert [row.status for row in rows.values()] == ["dense", *["prunable"] * 4, "dense"]
+    assert rows["conv2"].block_size == (16, 16) and rows["conv2"].reason == ""

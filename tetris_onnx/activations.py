@@ -1,0 +1,224 @@
+"""The activations of a network before and after pruning, layer by layer, for any number of samples.
+
+Two versions of a model run side by side in onnxruntime: the dense one, and the one whose layers are replaced as they
+are pruned. `Activations.advance` runs both as far as the next layer needs and no further: each node runs once per
+version (once in all where no pruned layer comes before it), and only values that later nodes still read are kept.
+They live in files where they would take more memory than allowed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from tetris_onnx.calibration import Samples, count, fixed_batch, model_inputs
+from tetris_onnx.session import open_session, run
+
+_BATCH = 8
+
+
+class Activations:
+    """What a layer sees in the pruned network and what it gives in the dense one. Use it in a ``with`` statement."""
+
+    def __init__(self, model: onnx.ModelProto, layers: Sequence[str], samples: Samples, memory: int) -> None:
+        """``model``: prepared (see planner); ``layers``: outputs of those that will be replaced, in node order.
+
+        ``samples``: one array per model input; ``memory``: bytes that stored values may take.
+        """
+        self._model = model
+        self._inputs = model_inputs(model)
+        self._count = count(samples, self._inputs)
+        self._nodes = list(model.graph.node)
+        self._producer = {name: i for i, node in enumerate(self._nodes) for name in node.output if name}
+        self._readers: dict[str, list[int]] = {}
+        for i, node in enumerate(self._nodes):
+            for name in _reads(node):
+                self._readers.setdefault(name, []).append(i)
+        self._initializers = {t.name: t for t in model.graph.initializer}
+        self._tainted = self._behind(layers)  # nodes whose results pruning changes
+        self._replaced: dict[int, tuple[list[onnx.NodeProto], list[onnx.TensorProto]]] = {}
+        self._done: tuple[set[int], set[int]] = (set(), set())  # nodes that have run: dense, pruned
+        self._values: tuple[dict[str, NDArray], dict[str, NDArray]] = (dict(samples), {})
+        # All batches have one size, so that a value computed from the size of a batch (a Shape) fits the others too.
+        largest = fixed_batch(self._inputs) or max(b for b in range(1, _BATCH + 1) if self._count % b == 0)
+        self._batch = largest
+        self._sliced = {spec.name for spec in self._inputs if spec.shape}  # values with one part per batch
+        self._memory = memory
+        self._folder = tempfile.TemporaryDirectory(prefix="tetris_onnx_")
+        self._files = 0
+
+    def __enter__(self) -> Activations:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        for values in self._values:
+            values.clear()
+        self._folder.cleanup()
+
+    @property
+    def count(self) -> int:
+        """Number of samples."""
+        return self._count
+
+    def advance(self, layer: str) -> tuple[NDArray, NDArray]:
+        """(input of ``layer`` in the pruned network, its output in the dense network), first axis = samples.
+
+        Layers come in node order. Both arrays are valid until the next call. Raises `SessionError` where a part of the
+        model does not run.
+        """
+        data = self._nodes[self._producer[layer]].input[0]
+        self._run(0, [layer, data])
+        if self._is_tainted(data):
+            self._run(1, [data])
+        x = self._values[1 if self._is_tainted(data) else 0][data]
+        y = self._values[0][layer]
+        self._forget(())
+        return x, y
+
+    def replace(self, layer: str, weight: NDArray, bias: NDArray) -> None:
+        """Give ``layer`` of the pruned network another weight, in the form that its node stores, and bias [out]."""
+        index = self._producer[layer]
+        node = self._nodes[index]
+        constants = [
+            numpy_helper.from_array(np.ascontiguousarray(weight, np.float32), f"{layer}/weight_refit"),
+            numpy_helper.from_array(np.ascontiguousarray(bias, np.float32), f"{layer}/bias_refit"),
+        ]
+        changed = onnx.NodeProto()
+        changed.CopyFrom(node)
+        nodes = [changed]
+        del changed.input[1:]
+        changed.input.append(constants[0].name)
+        if node.op_type == "MatMul":
+            changed.output[0] = f"{layer}/product"
+            nodes.append(helper.make_node("Add", [f"{layer}/product", constants[1].name], [layer]))
+        else:
+            changed.input.append(constants[1].name)
+        self._replaced[index] = nodes, constants
+
+    def _behind(self, layers: Sequence[str]) -> set[int]:
+        found: set[int] = set()
+        todo = [self._producer[name] for name in layers]
+        while todo:
+            index = todo.pop()
+            if index not in found:
+                found.add(index)
+                todo += [reader for name in self._nodes[index].output for reader in self._readers.get(name, ())]
+        return found
+
+    def _is_tainted(self, name: str) -> bool:
+        return self._producer.get(name) in self._tainted
+
+    def _run(self, version: int, targets: Sequence[str]) -> None:
+        """Compute ``targets`` in the dense (0) or pruned (1) network, and keep what is read later."""
+        need: set[int] = set()
+        reads: set[str] = set()
+        todo = [name for name in targets if name not in self._values[version]]
+        while todo:
+            name = todo.pop()
+            index = self._producer.get(name)
+            if index is None or index in need or index in self._done[version]:
+                continue
+            if version == 1 and index not in self._tainted:
+                self._run(0, [name])
+                continue
+            need.add(index)
+            todo += _reads(self._nodes[index])
+        if not need:
+            return
+        order = sorted(need)
+        made = {name for index in order for name in self._nodes[index].output if name}
+        reads = {name for index in order for name in _reads(self._nodes[index])} - made
+        self._done[version].update(need)
+        kept = [name for name in sorted(made) if name in targets or self._is_read_later(version, name)]
+        given = {name: self._value(version, name) for name in sorted(reads) if name not in self._initializers}
+        part = self._part(version, order, given, kept)
+        self._values[version].update(self._collect(open_session(part), given, kept))
+        self._forget(targets)
+
+    def _value(self, version: int, name: str) -> NDArray:
+        return self._values[1][name] if version == 1 and self._is_tainted(name) else self._values[0][name]
+
+    def _is_read_later(self, version: int, name: str) -> bool:
+        readers = self._readers.get(name, ())
+        if any(reader not in self._done[version] for reader in readers):
+            return True
+        # An untouched value serves the pruned network too.
+        return (
+            version == 0
+            and not self._is_tainted(name)
+            and any(reader in self._tainted and reader not in self._done[1] for reader in readers)
+        )
+
+    def _forget(self, targets: Iterable[str]) -> None:
+        for version, values in enumerate(self._values):
+            for name in list(values):
+                if name not in targets and not self._is_read_later(version, name):
+                    del values[name]
+
+    def _part(self, version: int, order: list[int], given: dict[str, NDArray], kept: list[str]) -> onnx.ModelProto:
+        """The nodes ``order`` as a model of their own."""
+        nodes: list[onnx.NodeProto] = []
+        constants: dict[str, onnx.TensorProto] = {}
+        for index in order:
+            own, extra = (
+                self._replaced.get(index, ([self._nodes[index]], [])) if version else ([self._nodes[index]], [])
+            )
+            nodes += own
+            constants |= {t.name: t for t in extra}
+            for node in own:
+                constants |= {name: self._initializers[name] for name in _reads(node) if name in self._initializers}
+        inputs = [
+            helper.make_tensor_value_info(
+                name, helper.np_dtype_to_tensor_dtype(array.dtype), [None] * array.ndim if array.ndim else []
+            )
+            for name, array in given.items()
+        ]
+        outputs = [onnx.ValueInfoProto(name=name) for name in kept]
+        part = onnx.ModelProto(ir_version=self._model.ir_version, opset_import=self._model.opset_import)
+        part.functions.extend(self._model.functions)
+        part.graph.CopyFrom(helper.make_graph(nodes, "part", inputs, outputs, list(constants.values())))
+        return part
+
+    def _collect(self, session: object, given: dict[str, NDArray], kept: list[str]) -> dict[str, NDArray]:
+        """Run all samples through a part: the values that it gives, first axis = samples."""
+        arrays: dict[str, NDArray] = {}
+        for start in range(0, self._count, self._batch):
+            part = slice(start, start + self._batch)
+            feed = {name: array[part] if name in self._sliced else array for name, array in given.items()}
+            for name, result in zip(kept, run(session, feed, "the model"), strict=True):
+                value = np.asarray(result)
+                if start == 0 and value.ndim and len(value) == self._batch:
+                    self._sliced.add(name)
+                    arrays[name] = self._allocate((self._count, *value.shape[1:]), value.dtype)
+                if name in self._sliced:
+                    arrays[name][part] = value
+                else:
+                    arrays[name] = value
+        return arrays
+
+    def _allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> NDArray:
+        held = sum(a.nbytes for values in self._values for a in values.values() if not isinstance(a, np.memmap))
+        if held + np.dtype(dtype).itemsize * np.prod(shape, dtype=np.float64) <= self._memory:
+            return np.empty(shape, dtype)
+        self._files += 1
+        return np.memmap(Path(self._folder.name) / f"{self._files}.bin", dtype, "w+", shape=shape)
+
+
+def _reads(node: onnx.NodeProto) -> list[str]:
+    """The values that a node reads, those that its subgraphs take from outside included."""
+    names = [name for name in node.input if name]
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            own = {o for inner in graph.node for o in inner.output} | {
+                v.name for v in (*graph.input, *graph.initializer)
+            }
+            names += [name for inner in graph.node for name in _reads(inner) if name not in own]
+            names += [v.name for v in graph.output if v.name not in own]
+    return names

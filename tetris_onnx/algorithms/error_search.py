@@ -1,0 +1,254 @@
+"""The blocks and permutations with the smallest output error: TETRIS's EM on the true error, not a sum of importance.
+
+A sum of importance treats weights as independent. The samples of a layer (see refit) give what dropping a set of
+weights really costs, refit included, so the two steps of Algorithm 1 can work on that:
+
+    E: in each block row, drop the cheapest block, refit the rest, repeat (`eliminate_blocks`, exact costs); then take
+       the cheapest drops of all block rows (`choose_blocks`).
+    M: with the supports fixed, give each output channel to the block row whose support explains it best (transport,
+       exact); give each input channel to the blocks whose rows would miss it most (transport, estimated gains).
+
+Both start from the order that `reorder` finds for the importance `LayerSamples.saliency`. A step that does not lower
+the error is not taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from joblib import Parallel, delayed
+from numpy.typing import NDArray
+from scipy import linalg
+from threadpoolctl import threadpool_limits
+
+from tetris_onnx.algorithms.blocks import expand_keep, group_capacities
+from tetris_onnx.algorithms.permutation import Permutation, inverse
+from tetris_onnx.algorithms.refit import LayerSamples
+from tetris_onnx.algorithms.reorder import transport
+
+_MAX_ITERATIONS = 4
+_LEAST_GAIN = 5e-3  # share of the error that one more iteration has to save
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """Permutations [out] and [in], the keep mask of the blocks, and the layer's relative output error with them."""
+
+    out_perm: Permutation
+    in_perm: Permutation
+    keep: NDArray[np.bool_]
+    error: float
+
+
+def search(
+    samples: LayerSamples,
+    start: tuple[Permutation, Permutation],
+    block_size: tuple[int, int],
+    drop: int,
+    axes: Sequence[int] = (0, 1),
+    workers: int = 1,
+) -> Pruned:
+    """Choose ``drop`` blocks to drop and improve the permutations ``start`` of the axes in ``axes``.
+
+    Needs more samples than features. ``workers``: threads; the result does not depend on them.
+    """
+    with threadpool_limits(1):  # the threads are ours: one block row each
+        best = _prune(samples, *start, block_size, drop, workers)
+        for _ in range(_MAX_ITERATIONS):
+            previous = best.error
+            for axis in axes:
+                perms = [best.out_perm, best.in_perm]
+                assign = _assign_outputs if axis == 0 else _assign_inputs
+                perms[axis] = assign(samples, best, block_size, workers)
+                found = _prune(samples, perms[0], perms[1], block_size, drop, workers)
+                best = min(best, found, key=lambda p: p.error)
+            if best.error > previous * (1 - _LEAST_GAIN):
+                break
+    return best
+
+
+def support(
+    plan: tuple[Permutation, Permutation], block_size: tuple[int, int], keep: NDArray[np.bool_], taps: int
+) -> NDArray:
+    """Which features [out, in * taps] survive, in the layer's own order."""
+    out_perm, in_perm = plan
+    reordered = expand_keep(keep, block_size, (out_perm.size, in_perm.size))
+    return np.repeat(reordered[inverse(out_perm)][:, inverse(in_perm)], taps, axis=1)
+
+
+def eliminate_blocks(
+    samples: LayerSamples, rows: NDArray[np.int64], blocks: Sequence[NDArray[np.int64]], most: int | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Drop the blocks of features of one block row, cheapest first, refitting after each.
+
+    ``rows``: the outputs of the block row; ``blocks``: the features of each block; ``most``: how many to drop (all by
+    default). Returns (indices of ``blocks`` in the order of dropping, what each adds to the squared error). O(d^3).
+    """
+    layout = np.concatenate(blocks)
+    ends = np.cumsum([len(block) for block in blocks])
+    where = {i: np.arange(end - len(blocks[i]), end) for i, end in enumerate(ends)}
+    inv = samples.inverse[np.ix_(layout, layout)].astype(np.float32)
+    w = (samples.cross[rows] @ samples.inverse)[:, layout].astype(np.float32)
+    active = list(range(len(blocks)))
+    order: list[int] = []
+    costs: list[float] = []
+    for _ in range(len(blocks) if most is None else most):
+        factors = {i: _factor(inv[np.ix_(where[i], where[i])]) for i in active}
+        solved = {i: linalg.cho_solve(factors[i], w[:, where[i]].T, check_finite=False) for i in active}
+        cost = {i: float(np.einsum("rj,jr->", w[:, where[i]], solved[i], dtype=np.float64)) for i in active}
+        dropped = min(active, key=lambda i: cost[i])
+        active.remove(dropped)
+        order.append(dropped)
+        costs.append(cost[dropped])
+        if not active:
+            break
+        gone = where[dropped]
+        columns = inv[gone]
+        w -= solved[dropped].T @ columns
+        inv -= columns.T @ linalg.cho_solve(factors[dropped], columns, check_finite=False)
+        # The last features move to where the dropped ones were, so that what is left stays one square.
+        size = len(inv) - len(gone)
+        holes = gone[gone < size]
+        movers = np.setdiff1d(np.arange(size, len(inv)), gone)
+        w[:, holes] = w[:, movers]
+        inv[holes] = inv[movers]
+        inv[:, holes] = inv[:, movers]
+        moved = np.arange(len(inv))
+        moved[movers] = holes
+        where = {i: moved[where[i]] for i in active}
+        inv, w = inv[:size, :size], w[:, :size]
+    return np.array(order, np.int64), np.array(costs)
+
+
+def choose_blocks(
+    orders: Sequence[NDArray[np.int64]], costs: Sequence[NDArray[np.float64]], columns: int, drop: int
+) -> NDArray[np.bool_]:
+    """Keep mask [block rows, columns] after ``drop`` drops in all, each block row in its own order.
+
+    A cheap drop behind a dear one is only to be had with it: runs of drops are taken at their mean cost.
+    """
+    keep = np.ones((len(orders), columns), bool)
+    runs = [(mean, row, start, length) for row, cost in enumerate(costs) for mean, start, length in _rising_runs(cost)]
+    for _, row, start, length in sorted(runs):  # means rise within a block row, so its runs come in order
+        taken = min(length, drop)
+        keep[row, orders[row][start : start + taken]] = False
+        drop -= taken
+    return keep
+
+
+def _rising_runs(costs: NDArray[np.float64]) -> list[tuple[float, int, int]]:
+    """(mean cost, start, length) of runs of drops, merged until the means rise."""
+    runs: list[tuple[float, int, int]] = []
+    for i, cost in enumerate(costs.tolist()):
+        runs.append((cost, i, 1))
+        while len(runs) > 1 and runs[-2][0] >= runs[-1][0]:
+            (a, start, n), (b, _, m) = runs[-2:]
+            runs[-2:] = [((a * n + b * m) / (n + m), start, n + m)]
+    return runs
+
+
+def _prune(
+    samples: LayerSamples, out_perm: Permutation, in_perm: Permutation, block: tuple[int, int], drop: int, workers: int
+) -> Pruned:
+    blocks = _features(samples, in_perm, block[1])
+    groups = [out_perm[i : i + block[0]] for i in range(0, out_perm.size, block[0])]
+    # A block row that loses far more than its share is not worth looking at.
+    most = min(len(blocks), -(-drop * 3 // (2 * len(groups))) + 1)
+    found = _threads(workers, eliminate_blocks, [(samples, rows, blocks, most) for rows in groups])
+    keep = choose_blocks([o for o, _ in found], [c for _, c in found], len(blocks), drop)
+    weight, _ = samples.refit(support((out_perm, in_perm), block, keep, samples.features // in_perm.size))
+    return Pruned(out_perm, in_perm, keep, samples.error(weight))
+
+
+def _assign_outputs(samples: LayerSamples, pruned: Pruned, block: tuple[int, int], workers: int) -> Permutation:
+    """Output channels by the block row whose support explains most of them: exact for the supports as they are."""
+    blocks = _features(samples, pruned.in_perm, block[1])
+    supports = [_union(blocks, row) for row in pruned.keep]
+    gain = np.stack(_threads(workers, _explained, [(samples, s) for s in supports]), axis=1)
+    room = group_capacities(pruned.out_perm.size, block[0]).astype(np.float64)
+    return np.argsort(_assign(gain, room), kind="stable")
+
+
+def _explained(samples: LayerSamples, s: NDArray[np.int64]) -> NDArray[np.float64]:
+    """By how much the features ``s`` lower each output's squared error, [out]."""
+    if not s.size:
+        return np.zeros(len(samples.cross))
+    factor = _factor(samples.hessian[np.ix_(s, s)])
+    part = samples.cross[:, s]
+    return np.einsum("os,so->o", part, linalg.cho_solve(factor, part.T, check_finite=False))
+
+
+def _assign_inputs(samples: LayerSamples, pruned: Pruned, block: tuple[int, int], workers: int) -> Permutation:
+    """Input channels by what each block's rows lose without them (kept ones) or would gain with them (others)."""
+    groups = [pruned.out_perm[i : i + block[0]] for i in range(0, pruned.out_perm.size, block[0])]
+    blocks = _features(samples, pruned.in_perm, block[1])
+    tasks = [(samples, rows, blocks, kept, pruned.in_perm.size) for rows, kept in zip(groups, pruned.keep, strict=True)]
+    worth = np.stack(_threads(workers, _channel_worth, tasks))  # [block rows, in]
+    gain = worth.T @ pruned.keep.astype(np.float64)
+    room = group_capacities(pruned.in_perm.size, block[1]).astype(np.float64)
+    return np.argsort(_assign(gain, room), kind="stable")
+
+
+def _channel_worth(
+    samples: LayerSamples,
+    rows: NDArray[np.int64],
+    blocks: Sequence[NDArray[np.int64]],
+    kept: NDArray[np.bool_],
+    channels: int,
+) -> NDArray[np.float64]:
+    """What each input channel is worth [in] to the rows of one block row, given its other channels.
+
+    For a channel of the support, what dropping it costs; for another one, what adding it would save.
+    """
+    taps = samples.features // channels
+    s = _union(blocks, kept)
+    rest = np.setdiff1d(np.arange(samples.features), s)
+    hessian, cross = samples.hessian, samples.cross[rows]
+    worth = np.zeros(channels)
+    inv = np.zeros((0, 0))
+    if s.size:
+        factor = _factor(hessian[np.ix_(s, s)])
+        inv = linalg.cho_solve(factor, np.eye(s.size), check_finite=False)
+    fitted = cross[:, s] @ inv
+    between = hessian[np.ix_(s, rest)]
+    lifted = inv @ between
+    residual = cross[:, rest] - fitted @ between
+    for start in range(0, s.size, taps):
+        part = slice(start, start + taps)
+        worth[s[start] // taps] = _quadratic(fitted[:, part], inv[part, part])
+    for start in range(0, rest.size, taps):
+        part = slice(start, start + taps)
+        left = hessian[np.ix_(rest[part], rest[part])] - between[:, part].T @ lifted[:, part]
+        worth[rest[start] // taps] = _quadratic(residual[:, part], left)
+    return worth
+
+
+def _factor(matrix: NDArray) -> tuple[NDArray, bool]:
+    return linalg.cho_factor(matrix, lower=True, check_finite=False)
+
+
+def _quadratic(vectors: NDArray[np.float64], matrix: NDArray[np.float64]) -> float:
+    """Sum over rows v of ``v inv(matrix) v^T``."""
+    return float(np.sum(vectors * np.linalg.solve(matrix, vectors.T).T))
+
+
+def _union(blocks: Sequence[NDArray[np.int64]], kept: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """The features of the kept blocks, channel by channel."""
+    return np.concatenate([np.zeros(0, np.int64), *(block for block, keep in zip(blocks, kept, strict=True) if keep)])
+
+
+def _assign(gain: NDArray[np.float64], room: NDArray[np.float64]) -> NDArray[np.int64]:
+    return transport(gain, room) if len(room) > 1 else np.zeros(len(gain), np.int64)
+
+
+def _features(samples: LayerSamples, in_perm: Permutation, columns: int) -> list[NDArray[np.int64]]:
+    """The features of each block column."""
+    taps = samples.features // in_perm.size
+    groups = [in_perm[j : j + columns] for j in range(0, in_perm.size, columns)]
+    return [(group[:, None] * taps + np.arange(taps)).ravel() for group in groups]
+
+
+def _threads(workers: int, function: Callable, tasks: Sequence[tuple]) -> list:
+    return list(Parallel(n_jobs=workers, prefer="threads")(delayed(function)(*task) for task in tasks))

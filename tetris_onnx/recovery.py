@@ -1,0 +1,159 @@
+"""Prune with calibration samples: each layer is reordered, pruned and refitted to what it sees, in node order.
+
+The layers pruned before it have changed a layer's inputs. Its importance, its blocks and its new weights all come from
+samples of those inputs (algorithms.refit, algorithms.error_search), and its outputs are fitted to those of the dense
+network. No labels and no training are needed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from joblib import cpu_count
+from numpy.typing import NDArray
+
+from tetris_onnx.activations import Activations
+from tetris_onnx.algorithms.blocks import keep_count
+from tetris_onnx.algorithms.error_search import search, support
+from tetris_onnx.algorithms.importance import importance
+from tetris_onnx.algorithms.refit import LayerSamples
+from tetris_onnx.calibration import Samples
+from tetris_onnx.config import Config
+from tetris_onnx.graph.layers import Layer, conv_window
+from tetris_onnx.passes.fuse_epilogue import clip_bounds
+from tetris_onnx.passes.set_weights import NewWeights
+from tetris_onnx.plan import LayerPlan, Plan
+from tetris_onnx.planner import Candidate, Progress, describe, free_axes, search_order, survey
+from tetris_onnx.report import LayerReport
+
+# Rows of the least squares: output positions times samples, at least this many and this many per feature where there
+# are.
+_ROWS = 16384
+_ROWS_PER_FEATURE = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Recovery:
+    """A plan, the weights that go with it by layer name, and a row per layer."""
+
+    plan: Plan
+    weights: dict[str, NewWeights]
+    rows: list[LayerReport]
+
+
+def recover(
+    graph: gs.Graph,
+    model: onnx.ModelProto,
+    config: Config,
+    samples: Samples,
+    plan: Plan | None = None,
+    progress: Progress | None = None,
+) -> Recovery:
+    """Prune the layers of a prepared ``graph`` (and its ``model``) with calibration ``samples``.
+
+    With a ``plan``, its permutations and blocks are kept and only the weights are fitted. Deterministic for a seed.
+    """
+    candidates = survey(graph, config)
+    chosen = [c for c in candidates if (not c.why_dense if plan is None else plan.get(c.layer.name) is not None)]
+    plans: list[LayerPlan] = []
+    weights: dict[str, NewWeights] = {}
+    rows: dict[str, LayerReport] = {}
+    with Activations(model, [c.layer.name for c in chosen], samples, config.memory) as activations:
+        for done, candidate in enumerate(chosen):
+            layer = candidate.layer
+            if progress is not None:
+                progress("recover", done, len(chosen))
+            seen = layer_samples(layer, *activations.advance(layer.name), config.seed)
+            decision = None if plan is None else plan.get(layer.name)
+            shares = None
+            if decision is None:
+                decision, shares = _choose(candidate, seen, config)
+            keep = support((decision.out_perm, decision.in_perm), decision.block_size, decision.keep, _taps(layer))
+            weight, bias = seen.best_damping(keep).refit(keep, _bounds(layer))
+            new = NewWeights(weight.reshape(layer.weight_shape).astype(np.float32), bias.astype(np.float32))
+            activations.replace(layer.name, layer.stored(new.weight), new.bias)
+            plans.append(decision)
+            weights[layer.name] = new
+            rows[layer.name] = replace(describe(candidate, decision, shares), output_error=seen.error(weight))
+    if progress is not None:
+        progress("recover", len(chosen), len(chosen))
+    listing = [rows.get(c.layer.name) or describe(c, None, None) for c in candidates]
+    return Recovery(Plan(tuple(plans)), weights, listing)
+
+
+def layer_samples(layer: Layer, data: NDArray, output: NDArray, seed: int) -> LayerSamples:
+    """The least-squares problem of a layer, from its input ``data`` and the dense ``output``, first axis = samples.
+
+    Output positions are drawn at random, as many of each sample: neighbors say little new.
+    """
+    out, features = layer.weight_shape[0], math.prod(layer.weight_shape[1:])
+    positions = math.prod(output.shape[2:] if layer.is_conv else output.shape[1:-1])
+    wanted = max(_ROWS, _ROWS_PER_FEATURE * features)
+    each = min(positions, -(-wanted // len(data)))
+    rng = np.random.default_rng(seed)
+    u = np.empty((len(data) * each, features), np.float32)
+    y = np.empty((len(data) * each, out), np.float32)
+    for i in range(len(data)):
+        chosen = np.sort(rng.choice(positions, each, replace=False)) if each < positions else np.arange(positions)
+        part = slice(i * each, (i + 1) * each)
+        if layer.is_conv:
+            u[part] = patches(layer, data[i], output.shape[2:], chosen)
+            y[part] = output[i].reshape(out, -1)[:, chosen].T
+        else:
+            u[part] = data[i].reshape(-1, features)[chosen]
+            y[part] = output[i].reshape(-1, out)[chosen]
+    return LayerSamples(u, y, layer.weight.reshape(out, -1))
+
+
+def patches(layer: Layer, image: NDArray, out_shape: tuple[int, ...], chosen: NDArray[np.int64]) -> NDArray:
+    """What a convolution multiplies at the output positions ``chosen`` (flat): [positions, in * taps].
+
+    ``image`` [in, D1, ..., Dk] without padding.
+    """
+    window = conv_window(layer.node)
+    assert window is not None  # such a layer is never planned
+    kernel, axes = window["kernel_shape"], len(window["kernel_shape"])
+    padded = np.pad(image, [(0, 0), *zip(window["pads"][:axes], window["pads"][axes:], strict=True)])
+    where = np.unravel_index(chosen, out_shape)
+    taps = []
+    for tap in np.ndindex(*kernel):
+        at = [w * s + t * d for w, s, t, d in zip(where, window["strides"], tap, window["dilations"], strict=True)]
+        taps.append(padded[tuple([slice(None), *at])])  # [in, positions]
+    return np.stack(taps, axis=-1).transpose(1, 0, 2).reshape(len(chosen), -1)
+
+
+def _choose(candidate: Candidate, seen: LayerSamples, config: Config) -> tuple[LayerPlan, tuple[float, float]]:
+    """Permutations and blocks of one layer, and the shares of importance retained with and without reordering."""
+    layer, block, sparsity = candidate.layer, candidate.block_size, candidate.options.sparsity
+    by_magnitude = config.importance in ("l1", "l2")
+    if by_magnitude:
+        scores = importance(layer.weight, "l1" if config.importance == "l1" else "l2")
+    else:
+        scores = seen.saliency().reshape(*layer.weight_shape[:2], -1).sum(axis=2)
+    axes = free_axes(candidate, config)
+    found = search_order(scores, block, sparsity, axes, config.reorder, config.seed)
+    out_perm, in_perm = found.perms
+    plan = LayerPlan(layer.name, out_perm, in_perm, block, found.keep)
+    if not by_magnitude and not seen.few:
+        drop = found.keep.size - keep_count(found.keep.size, sparsity)
+        movable = axes if config.reorder != "none" else ()
+        exact = search(seen, (out_perm, in_perm), block, drop, movable, config.workers or cpu_count())
+        weight, _ = seen.refit(support((out_perm, in_perm), block, found.keep, _taps(layer)))
+        if exact.error < seen.error(weight):
+            plan = LayerPlan(layer.name, exact.out_perm, exact.in_perm, block, exact.keep)
+    return plan, (found.retained, found.baseline)
+
+
+def _taps(layer: Layer) -> int:
+    return math.prod(layer.weight_shape[2:])
+
+
+def _bounds(layer: Layer) -> tuple[float, float]:
+    """Where the layer's only reader clips its output; no bounds where it does not."""
+    readers = layer.output.outputs
+    bounds = clip_bounds(readers[0]) if len(readers) == 1 else None
+    return bounds or (-math.inf, math.inf)
