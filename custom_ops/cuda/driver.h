@@ -20,7 +20,6 @@ struct FunctionHandle;
 struct StreamHandle;
 
 enum : int {
-  kErrorNoDevice = 100,
   kAttributeMultiprocessors = 16,
   kAttributeMajor = 75,
   kAttributeMinor = 76,

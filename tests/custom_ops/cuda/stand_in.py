@@ -51,6 +51,7 @@ def compile_libraries(folder: Path) -> tuple[Path, Path]:
         archive.extractall(folder, filter="data")
     compiler = os.environ.get("CXX", "c++")
     flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+    flags += os.environ.get("TETRIS_ONNX_TEST_CXXFLAGS", "").split()  # run_sanitizers.sh
     sources = [OPS / f for f in ("library.cc", "kernel_info.cc", "shape_inference.cc")]
     sources += [*OPS.glob("block_sparse_*.cc"), *CUDA.glob("*.cc"), *(OPS / "cpu").glob("*.cc")]
     sources = [s for s in sources if not re.search("kernels_(avx|neon)", s.name)]
@@ -64,7 +65,9 @@ def compile_libraries(folder: Path) -> tuple[Path, Path]:
         f"-I{folder}",
     ]
     version_script = f"-Wl,--version-script={OPS / 'exports.map'}"
-    linking = ["-Wl,--no-undefined", version_script, "-pthread", "-ldl"]
+    linking = ["-pthread", "-ldl"]
+    if "-fsanitize" not in os.environ.get("TETRIS_ONNX_TEST_CXXFLAGS", ""):
+        linking += ["-Wl,--no-undefined", version_script]
     subprocess.run([compiler, *flags, *definitions, *sources, "-o", library, *linking], check=True)
     flags.remove("-fvisibility=hidden")
     subprocess.run(

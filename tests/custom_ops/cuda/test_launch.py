@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 import textwrap
@@ -84,7 +85,7 @@ def test_no_driver(compiled: tuple[Path, Path], tmp_path: Path) -> None:
         pytest.skip("this machine has a driver")
     output = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],
-        env={"TETRIS_ONNX_LIBRARY": str(compiled[0]), "PYTHONPATH": str(stand_in.ROOT), "PATH": "/usr/bin:/bin"},
+        env={**os.environ, "TETRIS_ONNX_LIBRARY": str(compiled[0]), "PYTHONPATH": str(stand_in.ROOT)},
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -236,3 +237,24 @@ def test_loads_without_cuda(driver: StandIn, library: Path) -> None:
     """Registering the library asks the driver nothing."""
     onnxruntime.SessionOptions().register_custom_ops_library(str(library))
     assert driver.log == []
+
+
+def test_driver_declarations() -> None:
+    """Against cuda.h, of a CUDA toolkit or of Triton's package."""
+    roots = [os.environ.get("CUDA_HOME", "/usr/local/cuda"), *sys.path]
+    includes = ("include", "triton/backends/nvidia/include", "nvidia/cu13/include")
+    found = [
+        Path(root) / include for root in roots for include in includes if (Path(root) / include / "cuda.h").is_file()
+    ]
+    if not found:
+        pytest.skip("no cuda.h on this machine")
+    source = Path(__file__).with_name("check_driver_abi.cc")
+    command = [
+        os.environ.get("CXX", "c++"),
+        "-std=c++17",
+        "-fsyntax-only",
+        f"-I{found[0]}",
+        f"-I{stand_in.CUDA}",
+        source,
+    ]
+    subprocess.run(command, check=True)
