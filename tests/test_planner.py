@@ -216,8 +216,9 @@ def test_keep_mode_leaves_the_borders_in_their_order() -> None:
     # The batch size comes from the input: that path carries no channels.
     batch = net.op("Slice", net.op("Shape", "x"), net.constant([0]), net.constant([1]))
     a = net.op("Relu", net.conv(a, (32, 32)))
+    a = net.op("MaxPool", a, kernel_shape=[4, 4], strides=[4, 4])
     a = net.op("Reshape", a, net.op("Concat", batch, net.constant([-1]), axis=0))
-    net.output(net.gemm(a, (32 * 256, 32)))
+    net.output(net.gemm(a, (512, 64)))
     plan, _ = planned(net, gathers="keep")
     first, middle, last = plan.layers
     assert is_identity(first.in_perm) and not is_identity(first.out_perm)

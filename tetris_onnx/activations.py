@@ -9,7 +9,7 @@ They live in files where they would take more memory than allowed.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -50,6 +50,7 @@ class Activations:
         largest = fixed_batch(self._inputs) or max(b for b in range(1, _BATCH + 1) if self._count % b == 0)
         self._batch = largest
         self._sliced = {spec.name for spec in self._inputs if spec.shape}  # values with one part per batch
+        self._wanted: set[str] = set()  # what the current layer is asked for
         self._memory = memory
         self._folder = tempfile.TemporaryDirectory(prefix="tetris_onnx_")
         self._files = 0
@@ -74,13 +75,13 @@ class Activations:
         model does not run.
         """
         data = self._nodes[self._producer[layer]].input[0]
+        self._wanted = {layer, data}
+        self._forget()
         self._run(0, [layer, data])
         if self._is_tainted(data):
             self._run(1, [data])
         x = self._values[1 if self._is_tainted(data) else 0][data]
-        y = self._values[0][layer]
-        self._forget(())
-        return x, y
+        return x, self._values[0][layer]
 
     def replace(self, layer: str, weight: NDArray, bias: NDArray) -> None:
         """Give ``layer`` of the pruned network another weight, in the form that its node stores, and bias [out]."""
@@ -126,6 +127,7 @@ class Activations:
             if index is None or index in need or index in self._done[version]:
                 continue
             if version == 1 and index not in self._tainted:
+                self._wanted.add(name)
                 self._run(0, [name])
                 continue
             need.add(index)
@@ -136,11 +138,11 @@ class Activations:
         made = {name for index in order for name in self._nodes[index].output if name}
         reads = {name for index in order for name in _reads(self._nodes[index])} - made
         self._done[version].update(need)
-        kept = [name for name in sorted(made) if name in targets or self._is_read_later(version, name)]
+        kept = [name for name in sorted(made) if name in self._wanted or self._is_read_later(version, name)]
         given = {name: self._value(version, name) for name in sorted(reads) if name not in self._initializers}
         part = self._part(version, order, given, kept)
         self._values[version].update(self._collect(open_session(part), given, kept))
-        self._forget(targets)
+        self._forget()
 
     def _value(self, version: int, name: str) -> NDArray:
         return self._values[1][name] if version == 1 and self._is_tainted(name) else self._values[0][name]
@@ -156,10 +158,10 @@ class Activations:
             and any(reader in self._tainted and reader not in self._done[1] for reader in readers)
         )
 
-    def _forget(self, targets: Iterable[str]) -> None:
+    def _forget(self) -> None:
         for version, values in enumerate(self._values):
             for name in list(values):
-                if name not in targets and not self._is_read_later(version, name):
+                if name not in self._wanted and not self._is_read_later(version, name):
                     del values[name]
 
     def _part(self, version: int, order: list[int], given: dict[str, NDArray], kept: list[str]) -> onnx.ModelProto:

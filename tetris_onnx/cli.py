@@ -35,11 +35,14 @@ if TYPE_CHECKING:
 _PIPE_WIDTH = 160
 _BENCH_SECONDS = 3.0
 
-_NOT_RETRAINED = "nothing was retrained: at this sparsity the accuracy drops."
+_NOT_CALIBRATED = (
+    "nothing was refitted: at this sparsity the accuracy drops. Unlabeled samples bring most of it back: "
+    "--calibration FILE.npz."
+)
 _MEASURE = " Measure it on labeled samples: --data FILE.npz."
 _IF_TOO_LOW = (
-    " If it is too low: prune less (--sparsity), keep sensitive layers dense (--config), or fine-tune the model and "
-    "apply the same plan to it (--save-plan, then --plan)."
+    " If it is still too low: prune less (--sparsity), keep sensitive layers dense (--config), or fine-tune the model "
+    "and apply the same plan to it (--save-plan, then --plan)."
 )
 
 
@@ -138,7 +141,7 @@ def optimize(
     block_size: BlockSize = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help=".npz (or folder of them) with real inputs: the result is verified on them too."),
+        typer.Option(help=".npz (or folder of them) with unlabeled inputs: layers are refitted to what they see."),
     ] = None,
     data: Annotated[
         Path | None,
@@ -173,6 +176,10 @@ def optimize(
         int | None,
         typer.Option(help="Of the search.", show_default="0"),
     ] = None,
+    memory: Annotated[
+        float,
+        typer.Option(metavar="GB", min=0.0, help="For the activations of calibration samples; more goes to a file."),
+    ] = 4.0,
     json: Json = False,
 ) -> None:
     """Reorder and prune MODEL in blocks, verify the result and write it."""
@@ -187,6 +194,9 @@ def optimize(
     if plan is not None:
         _refuse_together("--plan", searched)
     chosen = _config(config, sparsity, block_size, gathers, reorder, importance, seed)
+    chosen = replace(chosen, memory=int(memory * 1e9))
+    if chosen.importance == "hessian" and calibration is None:
+        raise UsageError("importance hessian is measured on samples: give --calibration FILE.npz, or use l1 or l2")
     _check_outputs(model, {"-o": output, "--save-plan": save_plan, "--report": report})
     if dump_passes is not None and dump_passes.exists() and not dump_passes.is_dir():
         raise UsageError(f"--dump-passes {dump_passes}: not a folder")
@@ -209,8 +219,8 @@ def optimize(
             model, chosen, plan=loaded_plan, calibration=calibration, progress=progress, dump_passes=dump_passes
         )
         outcome = replace(result.report, model=str(model), output=str(output))
-        if any(row.status == "block-sparse" for row in outcome.layers) and plan is None:
-            note = _NOT_RETRAINED + _MEASURE * (data is None) + _IF_TOO_LOW
+        if any(row.status == "block-sparse" for row in outcome.layers) and plan is None and calibration is None:
+            note = _NOT_CALIBRATED + _MEASURE * (data is None) + _IF_TOO_LOW
             outcome = replace(outcome, notes=(*outcome.notes, note))
         # Everything that can fail comes before the first file is written.
         if data is not None:

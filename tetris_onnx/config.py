@@ -31,7 +31,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
-IMPORTANCES = ("auto", "l1", "l2")
+IMPORTANCES = ("auto", "l1", "l2", "hessian")  # auto: hessian with calibration samples, else l1
 REORDERS = ("exact", "greedy", "none")
 GATHERS = ("absorb", "keep")
 MAX_BLOCK_SIZE = 1024
@@ -90,7 +90,7 @@ class Config:
     gathers: str = "absorb"  # one of GATHERS
     seed: int = 0
     workers: int | None = None  # processes; None = one per core
-    memory: int = 4 * 2**30  # bytes for the activations of calibration samples; what is more goes to a temporary file
+    memory: int = 4 * 10**9  # bytes for the activations of calibration samples; what is more goes to a temporary file
     tolerance: float = 1e-4  # largest error of the verification, relative to max|y|
 
     def __post_init__(self) -> None:

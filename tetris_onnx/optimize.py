@@ -34,7 +34,6 @@ from tetris_onnx.passes import (
 )
 from tetris_onnx.plan import Plan
 from tetris_onnx.planner import Progress, make_plan, match_plan, prepare
-from tetris_onnx.recovery import recover
 from tetris_onnx.report import Report
 
 # Samples of the verification: the models run one after the other, and the check is of every value they give.
@@ -87,6 +86,8 @@ def optimize(
         if plan is not None:
             rows = match_plan(prepared, plan, config)
         if calibration is not None:
+            from tetris_onnx.recovery import recover  # brings scipy, which takes its time to load
+
             proto = io.to_proto(prepared, source)
             samples = load_samples(calibration, model_inputs(proto))
             recovery = recover(prepared, proto, config, samples, plan, progress)
@@ -124,7 +125,10 @@ def pipeline(plan: Plan, gathers: str = "absorb", weights: Mapping[str, NewWeigh
     steps: list[tuple[str, Callable[[gs.Graph], None]]] = [
         ("normalize_layers", normalize_layers),
         ("fuse_batchnorm", fuse_batchnorm),
-        ("set_weights", partial(set_weights, weights=weights or {})),
+    ]
+    if weights:
+        steps.append(("set_weights", partial(set_weights, weights=weights)))
+    steps += [
         ("prune_blocks", partial(prune_blocks, plan=plan)),
         ("reorder_weights", partial(reorder_weights, plan=plan)),
         ("fold_gathers", fold_gathers),

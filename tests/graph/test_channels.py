@@ -99,7 +99,7 @@ class TestElementwise:
             net.output(net.op("Where", mask, y, y))
         else:
             net.output(mask, TensorProto.BOOL)
-        assert region_of(net.build(), "x").barriers[1:]
+        assert any("not known" in barrier for barrier in region_of(net.build(), "x").barriers)
 
     def test_indices_of_a_pooling_that_are_used(self) -> None:
         net = Net()
@@ -183,7 +183,7 @@ class TestPerChannel:
         net.output(net.op(op, x, **({} if op.startswith("Global") else {"kernel_shape": [3, 2], "strides": [1, 2]})))
         check(net)
         # the same node with the channels on another axis
-        assert region_of(net.build(), "x", ChannelAxis(2, 4)).barriers[1:]
+        assert any("not known" in barrier for barrier in region_of(net.build(), "x", ChannelAxis(2, 4)).barriers)
 
     @pytest.mark.parametrize("op", sorted(channels._NORMALIZATION))
     def test_normalization(self, op: str) -> None:

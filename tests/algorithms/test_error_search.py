@@ -1,0 +1,105 @@
+"""The search by true output error: each step against brute force, the whole against what it starts from."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tetris_onnx.algorithms.error_search import choose_blocks, eliminate_blocks, search, support
+from tetris_onnx.algorithms.permutation import identity, is_permutation
+from tetris_onnx.algorithms.refit import LayerSamples
+
+OUT, IN, TAPS = 10, 9, 2
+BLOCK = (4, 3)
+
+
+def layer(seed: int = 0, n: int = 500) -> LayerSamples:
+    rng = np.random.default_rng(seed)
+    mix = 0.4 * rng.standard_normal((IN * TAPS, IN * TAPS)) + np.eye(IN * TAPS)
+    u = (rng.standard_normal((n, IN * TAPS)) @ mix).astype(np.float32)
+    weight = rng.standard_normal((OUT, IN * TAPS))
+    return LayerSamples(u, (u @ weight.T).astype(np.float32), weight, damping=1e-6)
+
+
+def squared_error(samples: LayerSamples, keep: NDArray[np.bool_]) -> float:
+    return samples.error(samples.refit(keep)[0]) * samples.power
+
+
+def test_eliminate_blocks_drops_the_cheapest_and_tells_its_exact_cost() -> None:
+    samples = layer()
+    rows = np.array([1, 4, 7])
+    blocks = [np.arange(3 * TAPS * i, 3 * TAPS * (i + 1)) for i in range(IN // 3)]
+    order, costs = eliminate_blocks(samples, rows, blocks)
+    assert sorted(order.tolist()) == [0, 1, 2]
+
+    def error(kept: set[int]) -> float:
+        keep = np.ones((OUT, IN * TAPS), bool)
+        keep[rows] = False
+        for i in kept:
+            keep[np.ix_(rows, blocks[i])] = True
+        return squared_error(samples, keep)
+
+    kept = {0, 1, 2}
+    before = error(kept)
+    for dropped, cost in zip(order.tolist(), costs.tolist(), strict=True):
+        assert dropped == min(kept, key=lambda i: error(kept - {i}))
+        kept.discard(dropped)
+        after = error(kept)
+        assert cost == pytest.approx(after - before, rel=1e-2)  # float32 products
+        before = after
+
+
+def test_eliminate_blocks_of_uneven_sizes_stops_where_asked() -> None:
+    samples = layer()
+    blocks = [np.arange(0, 10), np.arange(10, 12), np.arange(12, 18)]
+    whole, _ = eliminate_blocks(samples, np.array([0]), blocks)
+    part, costs = eliminate_blocks(samples, np.array([0]), blocks, 2)
+    assert part.tolist() == whole[:2].tolist() and len(costs) == 2
+
+
+def test_choose_blocks_takes_the_cheapest_drops_in_their_order() -> None:
+    orders = [np.array([2, 0, 1]), np.array([1, 2, 0])]
+    costs = [np.array([1.0, 5.0, 9.0]), np.array([2.0, 3.0, 30.0])]
+    assert choose_blocks(orders, costs, 3, 3).tolist() == [[True, True, False], [True, False, False]]
+    # The second drop of row 0 is free, but only to be had behind a dear one: together they cost 3 each.
+    costs = [np.array([6.0, 0.0, 9.0]), np.array([2.0, 4.0, 30.0])]
+    assert choose_blocks(orders, costs, 3, 3).tolist() == [[False, True, False], [True, False, True]]
+    assert choose_blocks(orders, costs, 3, 0).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_search_never_ends_above_its_start_and_drops_what_is_asked(seed: int) -> None:
+    samples = layer(seed)
+    start = identity(OUT), identity(IN)
+    drop = 4
+    fixed = search(samples, start, BLOCK, drop, axes=())
+    free = search(samples, start, BLOCK, drop)
+    for found in (fixed, free):
+        assert (~found.keep).sum() == drop
+        assert is_permutation(found.out_perm) and is_permutation(found.in_perm)
+        keep = support((found.out_perm, found.in_perm), BLOCK, found.keep, TAPS)
+        assert found.error == pytest.approx(samples.error(samples.refit(keep)[0]))
+    assert free.error < fixed.error, "random weights leave room for better permutations"
+    np.testing.assert_array_equal(fixed.out_perm, start[0])
+    np.testing.assert_array_equal(fixed.in_perm, start[1])
+
+
+def test_search_does_not_depend_on_the_number_of_threads() -> None:
+    one, two = (search(layer(), (identity(OUT), identity(IN)), BLOCK, 4, workers=n) for n in (1, 2))
+    np.testing.assert_array_equal(one.out_perm, two.out_perm)
+    np.testing.assert_array_equal(one.keep, two.keep)
+
+
+def test_a_hidden_block_structure_costs_nothing() -> None:
+    """Outputs that each read one half of the inputs, shuffled: half of the blocks can go at no cost."""
+    rng = np.random.default_rng(3)
+    out_order, in_order = rng.permutation(8), rng.permutation(8)
+    weight = np.zeros((8, 8))
+    weight[:4, :4] = rng.standard_normal((4, 4))
+    weight[4:, 4:] = rng.standard_normal((4, 4))
+    weight = weight[out_order][:, in_order]
+    u = rng.standard_normal((300, 8)).astype(np.float32)
+    samples = LayerSamples(u, (u @ weight.T).astype(np.float32), weight)
+    order = np.argsort(out_order), np.argsort(in_order)
+    assert search(samples, order, (4, 4), 2).error < 1e-6

@@ -1,0 +1,117 @@
+"""Least squares of one layer: against numpy's own, by definition, and against each other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from tetris_onnx.algorithms.refit import LayerSamples
+
+FEATURES, OUT = 12, 5
+
+
+def problem(n: int = 400, seed: int = 0) -> tuple[NDArray, NDArray, NDArray]:
+    """Correlated features [n, 12] with a mean, a weight [5, 12] and its outputs with a bias."""
+    rng = np.random.default_rng(seed)
+    mix = rng.standard_normal((FEATURES, FEATURES)) + 2 * np.eye(FEATURES)
+    u = (rng.standard_normal((n, FEATURES)) @ mix + 1.5).astype(np.float32)
+    weight = rng.standard_normal((OUT, FEATURES))
+    return u, (u @ weight.T + 0.5).astype(np.float32), weight
+
+
+def random_keep(seed: int = 1) -> NDArray[np.bool_]:
+    return np.random.default_rng(seed).random((OUT, FEATURES)) < 0.5
+
+
+def test_refit_is_least_squares_on_the_support() -> None:
+    u, y, weight = problem()
+    keep = random_keep()
+    fitted, bias = LayerSamples(u, y, weight, damping=1e-9).refit(keep)
+    assert not fitted[~keep].any()
+    for row in range(OUT):
+        support = np.flatnonzero(keep[row])
+        design = np.column_stack([u[:, support], np.ones(len(u))]).astype(np.float64)
+        expected = np.linalg.lstsq(design, y[:, row].astype(np.float64), rcond=None)[0]
+        # float32 products of 400 samples
+        np.testing.assert_allclose(np.append(fitted[row, support], bias[row]), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_everything_kept_gives_the_dense_weight() -> None:
+    u, y, weight = problem()
+    samples = LayerSamples(u, y, weight)
+    fitted, bias = samples.refit(np.ones((OUT, FEATURES), bool))
+    np.testing.assert_allclose(fitted, weight, atol=1e-4)  # the damping pulls to this weight too
+    np.testing.assert_allclose(bias, 0.5, atol=1e-3)
+    assert samples.error(fitted) < 1e-6
+
+
+def test_saliency_is_the_error_that_dropping_a_weight_adds() -> None:
+    u, y, weight = problem()
+    samples = LayerSamples(u, y, weight, damping=1e-9)
+    saliency = samples.saliency()
+    for row, feature in ((0, 0), (2, 7), (4, 11)):
+        keep = np.ones((OUT, FEATURES), bool)
+        keep[row, feature] = False
+        error = samples.error(samples.refit(keep)[0]) * samples.power
+        assert error == pytest.approx(saliency[row, feature], rel=1e-2)  # the dense fit's own error is rounding
+
+
+def test_few_samples_give_what_the_primal_problem_gives() -> None:
+    u, y, weight = problem(n=8)
+    few = LayerSamples(u, y, weight)
+    twice = LayerSamples(np.tile(u, (2, 1)), np.tile(y, (2, 1)), weight)  # the same moments, more samples than features
+    assert few.few and not twice.few
+    keep = random_keep()
+    np.testing.assert_allclose(few.saliency(), twice.saliency(), rtol=1e-3, atol=1e-5)
+    for a, b in zip(few.refit(keep), twice.refit(keep), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_dead_features_and_constant_outputs() -> None:
+    u, y, weight = problem()
+    u[:, 3] = 2.0
+    y[:, 1] = -1.0
+    samples = LayerSamples(u, y, weight)
+    fitted, bias = samples.refit(random_keep())
+    assert np.isfinite(fitted).all() and np.isfinite(bias).all() and np.isfinite(samples.saliency()).all()
+    zeros = LayerSamples(np.zeros_like(u), np.zeros_like(y), weight)
+    assert all(np.isfinite(a).all() for a in (*zeros.refit(random_keep()), zeros.saliency()))
+
+
+def test_refit_before_a_relu_lowers_the_error_behind_it() -> None:
+    u, y, weight = problem()
+    samples, keep = LayerSamples(u, y, weight), random_keep()
+    wanted = np.maximum(y, 0)
+
+    def error(bounds: tuple[float, float]) -> float:
+        fitted, bias = samples.refit(keep, bounds)
+        return float(((np.maximum(u @ fitted.T + bias, 0) - wanted) ** 2).mean())
+
+    assert error((0, np.inf)) < 0.98 * error((-np.inf, np.inf))
+
+
+def test_refit_before_a_clip_lowers_the_error_behind_it() -> None:
+    u, y, weight = problem()
+    samples, keep = LayerSamples(u, y, weight), random_keep()
+    low, high = float(np.quantile(y, 0.3)), float(np.quantile(y, 0.7))
+
+    def error(bounds: tuple[float, float]) -> float:
+        fitted, bias = samples.refit(keep, bounds)
+        return float(((np.clip(u @ fitted.T + bias, low, high) - np.clip(y, low, high)) ** 2).mean())
+
+    assert error((low, high)) < 0.98 * error((-np.inf, np.inf))
+
+
+def test_best_damping_is_found_on_held_out_samples() -> None:
+    rng = np.random.default_rng(0)
+    u, _, weight = problem(n=24)  # hardly more samples than features
+    noisy = (u @ weight.T + 10 * rng.standard_normal((24, OUT))).astype(np.float32)
+    keep = np.ones((OUT, FEATURES), bool)
+    assert LayerSamples(u, noisy, weight).best_damping(keep).damping > LayerSamples(u, noisy, weight, 0.003).damping
+    u, y, weight = problem(n=4000)
+    keep = random_keep()
+    best = LayerSamples(u, y, weight).best_damping(keep)
+    assert best.damping < LayerSamples(u, y, weight, 0.3).damping
+    again = LayerSamples(u, y, weight).best_damping(keep)
+    np.testing.assert_array_equal(best.refit(keep)[0], again.refit(keep)[0])
