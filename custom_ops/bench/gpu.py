@@ -1,4 +1,4 @@
-"""Check and time the CUDA kernels on a GPU. Needs PyTorch with CUDA and a C++ compiler; no onnxruntime, no CUDA toolkit.
+"""Check and time the CUDA kernels on a GPU. Needs PyTorch with CUDA and a C++ compiler, no onnxruntime or CUDA toolkit.
 
     python custom_ops/bench/gpu.py --output gpu.json                  # all of it, in under 10 minutes
     python custom_ops/bench/gpu.py --check                            # correctness only
