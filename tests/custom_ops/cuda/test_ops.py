@@ -213,7 +213,7 @@ def test_tf32_rounds_to_nearest(rng: np.random.Generator, driver: StandIn) -> No
 
 
 def test_large_batch_is_cut(rng: np.random.Generator, driver: StandIn) -> None:
-    op = op_of(rng, (64, 33, 1, 1), (64, 64))
+    op = op_of(rng, (64, 33, 1, 1), (64, 64), 1.0)
     check(op, random_input(rng, 9, 33, 40, 30), "f16", driver)
     kernels = [launch for launch in driver.launches if launch.variant.kernel == "block_sparse_conv"]
     assert [launch.arguments["P"] for launch in kernels] == [5 * 1200, 4 * 1200]
