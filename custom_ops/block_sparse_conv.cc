@@ -11,18 +11,16 @@ size_t place(size_t dimension, size_t rank) { return rank == 2 ? 2 * dimension :
 
 }  // namespace
 
-BlockSparseConv::BlockSparseConv(const ort::Api& api, const ort::KernelInfo* info) : api_(api) {
-  const NodeReader node(api, info, kName);
-  where_ = node.where();
-  const std::vector<int64_t> shape = node.ints("weight_shape");
+ConvNode::ConvNode(const NodeReader& node) : where_(node.where()), weight_shape_(node.ints("weight_shape")) {
+  const std::vector<int64_t>& shape = weight_shape_;
   if (shape.size() < 3 || shape.size() > 5) {
     node.fail("attribute weight_shape is " + to_string(shape) + ", expected [M, C, K1..Kk] with k = 1, 2 or 3");
   }
-  spatial_rank_ = shape.size() - 2;
+  const size_t rank = spatial_rank();
 
   // `per_dimension` values for each spatial dimension, from `least` on.
   auto read = [&](const char* name, size_t per_dimension, int64_t least, int64_t otherwise) {
-    const size_t count = per_dimension * spatial_rank_;
+    const size_t count = per_dimension * rank;
     if (!node.has_ints(name)) return std::vector<int64_t>(count, otherwise);
     std::vector<int64_t> values = node.ints(name);
     bool good = values.size() == count;
@@ -54,54 +52,42 @@ BlockSparseConv::BlockSparseConv(const ort::Api& api, const ort::KernelInfo* inf
   const std::vector<int64_t> strides = read("strides", 1, 1, 1), dilations = read("dilations", 1, 1, 1);
   const std::vector<int64_t> pads = read("pads", 2, 0, 0);
   attributes_ = {{1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {0, 0, 0}};
-  for (size_t d = 0; d < spatial_rank_; ++d) {
-    const size_t at = place(d, spatial_rank_);
+  for (size_t d = 0; d < rank; ++d) {
+    const size_t at = place(d, rank);
     attributes_.kernel[at] = kernel_size[d];
     attributes_.strides[at] = strides[d];
     attributes_.dilations[at] = dilations[d];
     attributes_.pads_begin[at] = pads[d];
-    attributes_.pads_end[at] = pads[spatial_rank_ + d];
-  }
-  const Activation activation = node.activation();
-  const BlockSparseWeight weight = node.weight(shape);
-  try {
-    kernel_ = std::make_unique<ConvKernel>(attributes_, weight, activation, select_kernels());
-  } catch (const std::logic_error& error) {
-    node.fail(error.what());
-  } catch (const std::runtime_error& error) {
-    node.fail(error.what());
+    attributes_.pads_end[at] = pads[rank + d];
   }
 }
 
-void BlockSparseConv::compute(ort::KernelContext* context) const {
-  std::vector<int64_t> shape;
-  const float* x = input_data(api_, context, kX, &shape);
+ConvNode::Sizes ConvNode::sizes(const std::vector<int64_t>& shape) const {
+  const size_t rank = spatial_rank();
   const std::string input = where_ + ": input 'X' has shape " + to_string(shape);
-  if (shape.size() != spatial_rank_ + 2) {
-    throw std::invalid_argument(input + ", expected " + std::to_string(spatial_rank_ + 2) + " dimensions");
+  if (shape.size() != rank + 2) {
+    throw std::invalid_argument(input + ", expected " + std::to_string(rank + 2) + " dimensions");
   }
-  if (shape[1] != kernel_->inputs()) {
-    throw std::invalid_argument(input + ", expected " + std::to_string(kernel_->inputs()) + " channels");
+  if (shape[1] != weight_shape_[1]) {
+    throw std::invalid_argument(input + ", expected " + std::to_string(weight_shape_[1]) + " channels");
   }
-  Spatial size{1, 1, 1};
-  for (size_t d = 0; d < spatial_rank_; ++d) size[place(d, spatial_rank_)] = shape[2 + d];
-  const Spatial output = conv_output_size(attributes_, size);
-  std::vector<int64_t> output_shape{shape[0], kernel_->outputs()};
-  int64_t elements = checked_product(shape[0], kernel_->outputs());
-  for (size_t d = 0; d < spatial_rank_; ++d) {
-    const int64_t dimension = output[place(d, spatial_rank_)];
+  Sizes sizes{{1, 1, 1}, {}, {shape[0], weight_shape_[0]}};
+  for (size_t d = 0; d < rank; ++d) sizes.input[place(d, rank)] = shape[2 + d];
+  sizes.output = conv_output_size(attributes_, sizes.input);
+  int64_t elements = checked_product(shape[0], weight_shape_[0]);
+  for (size_t d = 0; d < rank; ++d) {
+    const int64_t dimension = sizes.output[place(d, rank)];
     if (dimension < 1) {
       throw std::invalid_argument(input + ", too small for the kernel: output dimension " + std::to_string(2 + d) +
                                   " would be empty");
     }
     elements = checked_product(elements, dimension);
-    output_shape.push_back(dimension);
+    sizes.output_shape.push_back(dimension);
   }
-  float* y = output_data(api_, context, output_shape);
-  kernel_->run(x, shape[0], size, y, SessionThreads(api_, context));
+  return sizes;
 }
 
-void BlockSparseConv::infer_shape(const ShapeInference& inference) {
+void ConvNode::infer_shape(const ShapeInference& inference) {
   const std::vector<int64_t> weight = inference.ints("weight_shape");
   const std::vector<Dimension> input = inference.input_shape(kX);
   if (weight.size() < 3 || weight.size() > 5 || input.size() != weight.size()) return;  // creation reports it
@@ -133,7 +119,30 @@ void BlockSparseConv::infer_shape(const ShapeInference& inference) {
       output.push_back(Dimension::unknown());
     }
   }
-  inference.set_output_shape(output);
+  inference.set_output_shape(output, kX);
+}
+
+BlockSparseConv::BlockSparseConv(const ort::Api& api, const ort::KernelInfo* info)
+    : BlockSparseConv(api, NodeReader(api, info, kName)) {}
+
+BlockSparseConv::BlockSparseConv(const ort::Api& api, const NodeReader& node) : api_(api), node_(node) {
+  const Activation activation = node.activation();
+  const BlockSparseWeight weight = node.weight(node_.weight_shape());
+  try {
+    kernel_ = std::make_unique<ConvKernel>(node_.attributes(), weight, activation, select_kernels());
+  } catch (const std::logic_error& error) {
+    node.fail(error.what());
+  } catch (const std::runtime_error& error) {
+    node.fail(error.what());
+  }
+}
+
+void BlockSparseConv::compute(ort::KernelContext* context) const {
+  std::vector<int64_t> shape;
+  const auto* x = static_cast<const float*>(input_data(api_, context, kX, &shape));
+  const ConvNode::Sizes sizes = node_.sizes(shape);
+  auto* y = static_cast<float*>(output_data(api_, context, sizes.output_shape));
+  kernel_->run(x, shape[0], sizes.input, y, SessionThreads(api_, context));
 }
 
 }  // namespace tetris

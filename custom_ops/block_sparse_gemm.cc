@@ -2,15 +2,39 @@
 
 namespace tetris {
 
-BlockSparseGemm::BlockSparseGemm(const ort::Api& api, const ort::KernelInfo* info) : api_(api) {
-  const NodeReader node(api, info, kName);
-  where_ = node.where();
-  const std::vector<int64_t> shape = node.ints("weight_shape");
-  if (shape.size() != 2 || shape[0] < 1 || shape[1] < 1) {
-    node.fail("attribute weight_shape is " + to_string(shape) + ", expected [M, K]");
+GemmNode::GemmNode(const NodeReader& node) : where_(node.where()), weight_shape_(node.ints("weight_shape")) {
+  if (weight_shape_.size() != 2 || weight_shape_[0] < 1 || weight_shape_[1] < 1) {
+    node.fail("attribute weight_shape is " + to_string(weight_shape_) + ", expected [M, K]");
   }
+}
+
+int64_t GemmNode::samples(const std::vector<int64_t>& input_shape, std::vector<int64_t>* output_shape) const {
+  if (input_shape.empty() || input_shape.back() != weight_shape_[1]) {
+    throw std::invalid_argument(where_ + ": input 'X' has shape " + to_string(input_shape) + ", expected " +
+                                std::to_string(weight_shape_[1]) + " values along the last dimension");
+  }
+  int64_t samples = 1;
+  for (size_t d = 0; d + 1 < input_shape.size(); ++d) samples = checked_product(samples, input_shape[d]);
+  checked_product(samples, weight_shape_[0]);
+  *output_shape = input_shape;
+  output_shape->back() = weight_shape_[0];
+  return samples;
+}
+
+void GemmNode::infer_shape(const ShapeInference& inference) {
+  const std::vector<int64_t> weight = inference.ints("weight_shape");
+  std::vector<Dimension> shape = inference.input_shape(kX);
+  if (weight.size() != 2 || weight[0] < 1 || shape.empty()) return;  // creation reports it
+  shape.back() = Dimension::of(weight[0]);
+  inference.set_output_shape(shape, kX);
+}
+
+BlockSparseGemm::BlockSparseGemm(const ort::Api& api, const ort::KernelInfo* info)
+    : BlockSparseGemm(api, NodeReader(api, info, kName)) {}
+
+BlockSparseGemm::BlockSparseGemm(const ort::Api& api, const NodeReader& node) : api_(api), node_(node) {
   const Activation activation = node.activation();
-  const BlockSparseWeight weight = node.weight(shape);
+  const BlockSparseWeight weight = node.weight(node_.weight_shape());
   try {
     kernel_ = std::make_unique<GemmKernel>(weight, activation, select_kernels());
   } catch (const std::logic_error& error) {
@@ -21,26 +45,11 @@ BlockSparseGemm::BlockSparseGemm(const ort::Api& api, const ort::KernelInfo* inf
 }
 
 void BlockSparseGemm::compute(ort::KernelContext* context) const {
-  std::vector<int64_t> shape;
-  const float* x = input_data(api_, context, kX, &shape);
-  if (shape.empty() || shape.back() != kernel_->inputs()) {
-    throw std::invalid_argument(where_ + ": input 'X' has shape " + to_string(shape) + ", expected " +
-                                std::to_string(kernel_->inputs()) + " values along the last dimension");
-  }
-  int64_t samples = 1;
-  for (size_t d = 0; d + 1 < shape.size(); ++d) samples = checked_product(samples, shape[d]);
-  checked_product(samples, kernel_->outputs());
-  shape.back() = kernel_->outputs();
-  float* y = output_data(api_, context, shape);
+  std::vector<int64_t> input_shape, output_shape;
+  const auto* x = static_cast<const float*>(input_data(api_, context, kX, &input_shape));
+  const int64_t samples = node_.samples(input_shape, &output_shape);
+  auto* y = static_cast<float*>(output_data(api_, context, output_shape));
   kernel_->run(x, samples, y, SessionThreads(api_, context));
-}
-
-void BlockSparseGemm::infer_shape(const ShapeInference& inference) {
-  const std::vector<int64_t> weight = inference.ints("weight_shape");
-  std::vector<Dimension> shape = inference.input_shape(kX);
-  if (weight.size() != 2 || weight[0] < 1 || shape.empty()) return;  // creation reports it
-  shape.back() = Dimension::of(weight[0]);
-  inference.set_output_shape(shape);
 }
 
 }  // namespace tetris

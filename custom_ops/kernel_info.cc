@@ -1,6 +1,7 @@
 #include "kernel_info.h"
 
 #include <cmath>
+#include <cstring>
 
 namespace tetris {
 namespace {
@@ -15,6 +16,23 @@ std::string read_name(const ort::Api& api, Get get) {
   std::string name(size, '\0');
   check(api, get(name.data(), &size));
   return name.c_str();  // without the terminating zero
+}
+
+const char* name_of(ort::ElementType type) {
+  switch (type) {
+    case ort::kInt64: return "int64";
+    case ort::kFloat16: return "float16";
+    case ort::kBFloat16: return "bfloat16";
+    default: return "float";
+  }
+}
+
+float from_half(uint16_t half) {
+  const int exponent = half >> 10 & 31, fraction = half & 1023;
+  const float magnitude = exponent == 31  ? (fraction == 0 ? std::numeric_limits<float>::infinity() : std::nanf(""))
+                          : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
+                                          : std::ldexp(static_cast<float>(fraction + 1024), exponent - 25);
+  return (half & 0x8000U) != 0 ? -magnitude : magnitude;
 }
 
 }  // namespace
@@ -50,11 +68,12 @@ const char* input_name(size_t input) {
   return kNames[input];
 }
 
-ort::ElementType input_type(size_t input) {
-  return input == kBlockIndex || input == kInputPerm || input == kOutputPerm ? ort::kInt64 : ort::kFloat;
+ort::ElementType input_type(size_t input, ort::ElementType element) {
+  return input == kBlockIndex || input == kInputPerm || input == kOutputPerm ? ort::kInt64 : element;
 }
 
-NodeReader::NodeReader(const ort::Api& api, const ort::KernelInfo* info, const char* op) : api_(api), info_(info) {
+NodeReader::NodeReader(const ort::Api& api, const ort::KernelInfo* info, const char* op, ort::ElementType element)
+    : api_(api), info_(info), element_(element) {
   const std::string name = read_name(
       api, [&](char* out, size_t* size) { return api.KernelInfo_GetNodeName(info, out, size); });
   if (!name.empty()) {
@@ -130,13 +149,36 @@ NodeReader::Constant NodeReader::constant(size_t input) const {
   status = api_.GetTensorElementType(info, &type);
   api_.ReleaseTensorTypeAndShapeInfo(info);
   check(api_, status);
-  if (type != input_type(input)) {
-    fail_input(input, std::string("must have element type ") + (input_type(input) == ort::kInt64 ? "int64" : "float"));
+  if (type != input_type(input, element_)) {
+    fail_input(input, std::string("must have element type ") + name_of(input_type(input, element_)));
   }
+  const ort::MemoryInfo* memory = nullptr;
+  check(api_, api_.GetTensorMemoryInfo(value, &memory));
+  ort::DeviceType device = ort::kCpuDevice;
+  api_.MemoryInfoGetDeviceType(memory, &device);
+  if (device != ort::kCpuDevice) fail_input(input, "is not in the CPU's memory: onnxruntime should have kept it there");
   void* data = nullptr;
   check(api_, api_.GetTensorMutableData(const_cast<ort::Value*>(value), &data));
   constant.data = data;
   return constant;
+}
+
+// The values as float32: where they are, or converted.
+const float* NodeReader::floats(const Constant& constant, std::vector<float>* converted) const {
+  if (element_ == ort::kFloat) return static_cast<const float*>(constant.data);
+  int64_t count = 1;
+  for (const int64_t size : constant.shape) count = checked_product(count, size);
+  converted->resize(static_cast<size_t>(count));
+  const auto* values = static_cast<const uint16_t*>(constant.data);
+  for (size_t i = 0; i < converted->size(); ++i) {
+    if (element_ == ort::kFloat16) {
+      (*converted)[i] = from_half(values[i]);
+    } else {
+      const uint32_t bits = static_cast<uint32_t>(values[i]) << 16;
+      std::memcpy(&(*converted)[i], &bits, sizeof(bits));
+    }
+  }
+  return converted->data();
 }
 
 const int64_t* NodeReader::permutation(size_t input, int64_t size, const char* of) const {
@@ -189,7 +231,7 @@ BlockSparseWeight NodeReader::weight(const std::vector<int64_t>& shape) const {
                             to_string(expected));
   }
   weight.block_count = blocks.shape[0];
-  weight.blocks = static_cast<const float*>(blocks.data);
+  weight.blocks = floats(blocks, &blocks_);
 
   weight.input_perm = permutation(kInputPerm, weight.inputs, "input");
   weight.output_perm = permutation(kOutputPerm, weight.outputs, "output");
@@ -226,7 +268,7 @@ BlockSparseWeight NodeReader::weight(const std::vector<int64_t>& shape) const {
     if (bias.shape != std::vector<int64_t>{weight.outputs}) {
       fail_input(kBias, "has shape " + to_string(bias.shape) + ", expected [" + std::to_string(weight.outputs) + "]");
     }
-    weight.bias = static_cast<const float*>(bias.data);
+    weight.bias = floats(bias, &bias_);
   }
   return weight;
 }
@@ -236,22 +278,22 @@ void SessionThreads::run(void (*function)(void* data, size_t index), size_t tota
   check(api_, api_.KernelContext_ParallelFor(context_, function, total, 0, data));
 }
 
-const float* input_data(const ort::Api& api, ort::KernelContext* context, size_t index, std::vector<int64_t>* shape) {
+const void* input_data(const ort::Api& api, ort::KernelContext* context, size_t index, std::vector<int64_t>* shape) {
   const ort::Value* value = nullptr;
   check(api, api.KernelContext_GetInput(context, index, &value));
   if (value == nullptr) throw std::invalid_argument("input is missing");
   *shape = tensor_shape(api, value);
   void* data = nullptr;
   check(api, api.GetTensorMutableData(const_cast<ort::Value*>(value), &data));
-  return static_cast<const float*>(data);
+  return data;
 }
 
-float* output_data(const ort::Api& api, ort::KernelContext* context, const std::vector<int64_t>& shape) {
+void* output_data(const ort::Api& api, ort::KernelContext* context, const std::vector<int64_t>& shape) {
   ort::Value* value = nullptr;
   check(api, api.KernelContext_GetOutput(context, 0, shape.data(), shape.size(), &value));
   void* data = nullptr;
   check(api, api.GetTensorMutableData(value, &data));
-  return static_cast<float*>(data);
+  return data;
 }
 
 }  // namespace tetris

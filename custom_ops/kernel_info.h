@@ -38,12 +38,14 @@ std::vector<int64_t> tensor_shape(const ort::Api& api, const ort::Value* value);
 // The inputs of both ops, in order, by the names that the specification (README.md) gives them.
 enum Input : size_t { kX, kBlocks, kBlockIndex, kInputPerm, kOutputPerm, kBias, kInputCount };
 const char* input_name(size_t input);
-ort::ElementType input_type(size_t input);
+ort::ElementType input_type(size_t input, ort::ElementType element);
 
 // One node, as a kernel sees it when it is created.
 class NodeReader {
  public:
-  NodeReader(const ort::Api& api, const ort::KernelInfo* info, const char* op);
+  // `element`: what the node's tensors hold.
+  NodeReader(const ort::Api& api, const ort::KernelInfo* info, const char* op,
+             ort::ElementType element = ort::kFloat);
 
   const std::string& where() const { return where_; }  // "BlockSparseConv node 'conv1'"
   [[noreturn]] void fail(const std::string& what) const;
@@ -58,6 +60,7 @@ class NodeReader {
   Activation activation() const;
 
   // Reads and checks everything that describes the weight; `shape` is attribute weight_shape: [outputs, inputs, ...].
+  // It points to what this object and onnxruntime hold.
   BlockSparseWeight weight(const std::vector<int64_t>& shape) const;
 
  private:
@@ -66,11 +69,14 @@ class NodeReader {
     const void* data;
   };
   Constant constant(size_t input) const;
+  const float* floats(const Constant& constant, std::vector<float>* converted) const;
   const int64_t* permutation(size_t input, int64_t size, const char* of) const;
 
   const ort::Api& api_;
   const ort::KernelInfo* info_;
   std::string where_;
+  ort::ElementType element_;
+  mutable std::vector<float> blocks_, bias_;  // as float32 where the node has another type
 };
 
 // The threads that onnxruntime runs the session with.
@@ -84,7 +90,7 @@ class SessionThreads final : public ThreadPool {
   const ort::KernelContext* context_;
 };
 
-const float* input_data(const ort::Api& api, ort::KernelContext* context, size_t index, std::vector<int64_t>* shape);
-float* output_data(const ort::Api& api, ort::KernelContext* context, const std::vector<int64_t>& shape);
+const void* input_data(const ort::Api& api, ort::KernelContext* context, size_t index, std::vector<int64_t>* shape);
+void* output_data(const ort::Api& api, ort::KernelContext* context, const std::vector<int64_t>& shape);
 
 }  // namespace tetris

@@ -1,8 +1,18 @@
 // The library's one entry point: hands the ops of domain ai.tetris to onnxruntime.
+//
+// An op is described once for each execution provider and element type that has kernels for it; onnxruntime picks by the
+// node's provider and the types of its inputs.
 #include "block_sparse_conv.h"
 #include "block_sparse_gemm.h"
 #include "kernel_info.h"
 #include "ort_abi.h"
+#if defined(TETRIS_CUDA)
+#include "cuda/ops.h"
+// The tests run the CUDA ops on onnxruntime's CPU provider, with a stand-in for the driver.
+#if !defined(TETRIS_CUDA_PROVIDER)
+#define TETRIS_CUDA_PROVIDER "CUDAExecutionProvider"
+#endif
+#endif
 
 #if defined(_WIN32)
 #define TETRIS_EXPORT __declspec(dllexport)
@@ -15,28 +25,52 @@ namespace {
 
 constexpr const char* kDomain = "ai.tetris";
 
-// The description of `Op`, from which onnxruntime makes one kernel for each node.
-template <class Op>
+struct Cpu {
+  static constexpr const char* kProvider = "CPUExecutionProvider";
+  static constexpr ort::ElementType kElement = ort::kFloat;
+  static constexpr ort::MemoryType kWeightMemory = ort::kDefaultMemory;
+};
+
+#if defined(TETRIS_CUDA)
+template <ort::ElementType Element>
+struct Cuda {
+  static constexpr const char* kProvider = TETRIS_CUDA_PROVIDER;
+  static constexpr ort::ElementType kElement = Element;
+  // The kernel packs the weight and uploads that once. onnxruntime must not put a second copy on the GPU.
+  static constexpr ort::MemoryType kWeightMemory = ort::kCpuInput;
+};
+#endif
+
+// The description of `Op` on `Target`, from which onnxruntime makes one kernel for each node.
+template <class Op, class Target>
 class OpDescription : public ort::CustomOp {
  public:
   explicit OpDescription(const ort::Api& api) : ort::CustomOp{}, api_(api) {
     version = ort::kApiVersion;
     GetName = [](const ort::CustomOp*) { return Op::kName; };
-    GetExecutionProviderType = [](const ort::CustomOp*) -> const char* { return "CPUExecutionProvider"; };
-    GetInputType = [](const ort::CustomOp*, size_t input) { return input_type(input); };
+    GetExecutionProviderType = [](const ort::CustomOp*) -> const char* { return Target::kProvider; };
+    GetInputType = [](const ort::CustomOp*, size_t input) { return input_type(input, Target::kElement); };
     GetInputTypeCount = [](const ort::CustomOp*) -> size_t { return kInputCount; };
-    GetOutputType = [](const ort::CustomOp*, size_t) { return ort::kFloat; };
+    GetOutputType = [](const ort::CustomOp*, size_t) { return Target::kElement; };
     GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return 1; };
     GetInputCharacteristic = [](const ort::CustomOp*, size_t input) {
       return input == kBias ? ort::kOptional : ort::kRequired;
     };
     GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
-    GetInputMemoryType = [](const ort::CustomOp*, size_t) { return ort::kDefaultMemory; };
+    GetInputMemoryType = [](const ort::CustomOp*, size_t input) {
+      return input == kX ? ort::kDefaultMemory : Target::kWeightMemory;
+    };
     GetStartVersion = [](const ort::CustomOp*) { return 1; };
     GetEndVersion = [](const ort::CustomOp*) { return INT32_MAX; };
     CreateKernelV2 = [](const ort::CustomOp* op, const void*, const ort::KernelInfo* info, void** kernel) {
       const ort::Api& api = static_cast<const OpDescription*>(op)->api_;
-      return guarded(api, [&] { *kernel = new Kernel{api, Op(api, info)}; });
+      return guarded(api, [&] {
+        if constexpr (std::is_constructible_v<Op, const ort::Api&, const ort::KernelInfo*, ort::ElementType>) {
+          *kernel = new Kernel{api, Op(api, info, Target::kElement)};
+        } else {
+          *kernel = new Kernel{api, Op(api, info)};
+        }
+      });
     };
     KernelComputeV2 = [](void* kernel, ort::KernelContext* context) {
       const Kernel& self = *static_cast<const Kernel*>(kernel);
@@ -60,14 +94,29 @@ class OpDescription : public ort::CustomOp {
 // What onnxruntime keeps pointers to for as long as any session lives: made once, never destroyed.
 struct Library {
   ort::Api api;
-  OpDescription<BlockSparseConv> conv{api};
-  OpDescription<BlockSparseGemm> gemm{api};
+  OpDescription<BlockSparseConv, Cpu> conv{api};
+  OpDescription<BlockSparseGemm, Cpu> gemm{api};
+#if defined(TETRIS_CUDA)
+  OpDescription<cuda::BlockSparseConv, Cuda<ort::kFloat>> cuda_conv{api};
+  OpDescription<cuda::BlockSparseConv, Cuda<ort::kFloat16>> cuda_conv_f16{api};
+  OpDescription<cuda::BlockSparseConv, Cuda<ort::kBFloat16>> cuda_conv_bf16{api};
+  OpDescription<cuda::BlockSparseGemm, Cuda<ort::kFloat>> cuda_gemm{api};
+  OpDescription<cuda::BlockSparseGemm, Cuda<ort::kFloat16>> cuda_gemm_f16{api};
+  OpDescription<cuda::BlockSparseGemm, Cuda<ort::kBFloat16>> cuda_gemm_bf16{api};
+#endif
   ort::CustomOpDomain* domain = nullptr;
 
   explicit Library(const void* table) : api(table) {
     check(api, api.CreateCustomOpDomain(kDomain, &domain));
-    check(api, api.CustomOpDomain_Add(domain, &conv));
-    check(api, api.CustomOpDomain_Add(domain, &gemm));
+    const ort::CustomOp* const ops[] = {
+#if defined(TETRIS_CUDA)
+        &cuda_conv, &cuda_conv_f16, &cuda_conv_bf16, &cuda_gemm, &cuda_gemm_f16, &cuda_gemm_bf16,
+#endif
+#if !defined(TETRIS_WITHOUT_CPU)
+        &conv, &gemm,
+#endif
+    };
+    for (const ort::CustomOp* op : ops) check(api, api.CustomOpDomain_Add(domain, op));
   }
 };
 

@@ -23,11 +23,14 @@ struct SessionOptions;
 struct CustomOpDomain;
 struct ShapeInferContext;
 struct OpAttr;
+struct Allocator;
+struct MemoryInfo;
 
 enum ErrorCode : int { kFail = 1, kInvalidArgument = 2 };
-enum ElementType : int { kUndefined = 0, kFloat = 1, kInt64 = 7 };
+enum ElementType : int { kUndefined = 0, kFloat = 1, kInt64 = 7, kFloat16 = 10, kBFloat16 = 16 };
 enum InputOutputCharacteristic : int { kRequired = 0, kOptional = 1 };
-enum MemoryType : int { kDefaultMemory = 0 };
+enum MemoryType : int { kDefaultMemory = 0, kCpuInput = -2 };
+enum DeviceType : int { kCpuDevice = 0 };
 enum OpAttrType : int { kAttrInt = 1, kAttrInts = 2, kAttrFloat = 3 };
 
 struct ApiBase {
@@ -72,6 +75,10 @@ class Api {
   Status* GetTensorTypeAndShape(const Value* value, TensorTypeAndShapeInfo** out) const {
     return call<65, Status*>(value, out);
   }
+  Status* MemoryInfoGetId(const MemoryInfo* info, int* out) const { return call<72, Status*>(info, out); }
+  Status* AllocatorGetInfo(const Allocator* allocator, const MemoryInfo** out) const {
+    return call<77, Status*>(allocator, out);
+  }
   Status* KernelInfoGetAttribute_float(const KernelInfo* info, const char* name, float* out) const {
     return call<85, Status*>(info, name, out);
   }
@@ -87,10 +94,18 @@ class Api {
   }
   void ReleaseStatus(Status* status) const { call<93, void>(status); }
   void ReleaseTensorTypeAndShapeInfo(TensorTypeAndShapeInfo* info) const { call<99, void>(info); }
+  void ReleaseAllocator(Allocator* allocator) const { call<132, void>(allocator); }
   Status* KernelInfoGetAttributeArray_int64(const KernelInfo* info, const char* name, int64_t* out,
                                             size_t* size) const {
     return call<163, Status*>(info, name, out, size);
   }
+  Status* KernelContext_GetGPUComputeStream(const KernelContext* context, void** out) const {
+    return call<193, Status*>(context, out);
+  }
+  Status* GetTensorMemoryInfo(const Value* value, const MemoryInfo** out) const {
+    return call<194, Status*>(value, out);
+  }
+  void MemoryInfoGetDeviceType(const MemoryInfo* info, DeviceType* out) const { call<225, void>(info, out); }
   Status* KernelInfo_GetInputCount(const KernelInfo* info, size_t* out) const { return call<230, Status*>(info, out); }
   Status* KernelInfo_GetInputName(const KernelInfo* info, size_t index, char* out, size_t* size) const {
     return call<232, Status*>(info, index, out, size);
@@ -126,6 +141,9 @@ class Api {
   Status* KernelContext_ParallelFor(const KernelContext* context, void (*function)(void* data, size_t index),
                                     size_t total, size_t batches, void* data) const {
     return call<274, Status*>(context, function, total, batches, data);
+  }
+  Status* KernelInfoGetAllocator(const KernelInfo* info, MemoryType type, Allocator** out) const {
+    return call<278, Status*>(info, type, out);
   }
 
  private:

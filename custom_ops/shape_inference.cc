@@ -56,7 +56,11 @@ std::vector<Dimension> ShapeInference::input_shape(size_t input) const {
   return shape;
 }
 
-void ShapeInference::set_output_shape(const std::vector<Dimension>& shape) const {
+void ShapeInference::set_output_shape(const std::vector<Dimension>& shape, size_t like) const {
+  ort::TensorTypeAndShapeInfo* input = nullptr;  // belongs to the context
+  check(api_, api_.ShapeInferContext_GetInputTypeShape(context_, like, &input));
+  ort::ElementType type = ort::kUndefined;
+  check(api_, api_.GetTensorElementType(input, &type));
   std::vector<int64_t> values;
   std::vector<const char*> names;
   for (const Dimension& dimension : shape) {
@@ -65,7 +69,7 @@ void ShapeInference::set_output_shape(const std::vector<Dimension>& shape) const
   }
   ort::TensorTypeAndShapeInfo* info = nullptr;
   check(api_, api_.CreateTensorTypeAndShapeInfo(&info));
-  ort::Status* status = api_.SetTensorElementType(info, ort::kFloat);
+  ort::Status* status = api_.SetTensorElementType(info, type);
   if (status == nullptr) status = api_.SetDimensions(info, values.data(), values.size());
   if (status == nullptr) status = api_.SetSymbolicDimensions(info, names.data(), names.size());
   if (status == nullptr) status = api_.ShapeInferContext_SetOutputTypeShape(context_, 0, info);

@@ -26,7 +26,8 @@ class ShapeInference {
 
   std::vector<int64_t> ints(const char* name) const;           // empty if missing
   std::vector<Dimension> input_shape(size_t input) const;      // empty if unknown
-  void set_output_shape(const std::vector<Dimension>& shape) const;
+  // The output has the element type of the input `like`.
+  void set_output_shape(const std::vector<Dimension>& shape, size_t like) const;
 
  private:
   const ort::Api& api_;

@@ -21,7 +21,8 @@ stdcxx=$("$compiler" -print-file-name=libstdc++.so.6)
 status=0
 (
   cd "$root"
-  PYTHONPATH="$root" TETRIS_ONNX_LIBRARY="$folder/libtetris_onnx_ops.so" LD_PRELOAD="$asan $stdcxx" \
+  TETRIS_ONNX_TEST_CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer" \
+    PYTHONPATH="$root" TETRIS_ONNX_LIBRARY="$folder/libtetris_onnx_ops.so" LD_PRELOAD="$asan $stdcxx" \
     ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=1:log_path=$folder/report" \
     UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1:log_path=$folder/report" \
     "$python" -m pytest tests/custom_ops -q -p no:cacheprovider "$@"

@@ -1,0 +1,212 @@
+#include "sparse_kernel.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "signatures.h"
+
+namespace tetris::cuda {
+namespace {
+
+constexpr int64_t kInt32 = INT32_MAX;
+// Values of a tensor that one launch may see: its offsets are 32-bit. The tests set it lower.
+#if !defined(TETRIS_CUDA_MAX_VALUES)
+#define TETRIS_CUDA_MAX_VALUES INT32_MAX
+#endif
+constexpr int64_t kMaxValues = TETRIS_CUDA_MAX_VALUES;
+constexpr int64_t kChannelTile = 32, kPixelTile = 64;  // of channels_last
+constexpr int64_t kSumBlock = 512;                     // values that one program of sum_splits adds up
+constexpr int64_t kMaxSplits = 32;
+constexpr int64_t kLeastSteps = 8;  // of a split: fewer, and filling the pipeline takes longer than the work
+
+const char* name_of(Type type) {
+  switch (type) {
+    case Type::f16: return "f16";
+    case Type::bf16: return "bf16";
+    case Type::tf32: return "tf32";
+    default: return "f32";
+  }
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t volume(const Size& size) { return checked_product(checked_product(size[0], size[1]), size[2]); }
+int32_t narrow(int64_t value) {
+  if (value < -kInt32 || value > kInt32) throw std::invalid_argument("a size is too large for the CUDA kernels");
+  return static_cast<int32_t>(value);
+}
+
+}  // namespace
+
+SparseKernel::SparseKernel(int device, Type type, const Window& window, const BlockSparseWeight& weight,
+                           Activation activation, bool last)
+    : device_(Device::get(device)),
+      user_(device_.user()),
+      type_(type),
+      window_(window),
+      activation_(activation),
+      last_(last),
+      inputs_(weight.inputs),
+      outputs_(weight.outputs),
+      taps_(weight.taps) {
+  const PackedWeight packed = pack(weight, type);
+  bm_ = packed.bm;
+  bk_ = packed.bk;
+  rows_ = packed.rows;
+  channels_ = static_cast<int64_t>(packed.input_channel.size());
+  most_tiles_ = packed.most_tiles();
+  in_order_ = packed.input_in_order() && channels_ == inputs_;
+
+  std::vector<unsigned char> data;
+  std::vector<size_t> places;
+  auto add = [&](const auto& values) {
+    data.resize((data.size() + 255) / 256 * 256);
+    places.push_back(data.size());
+    const auto* bytes = reinterpret_cast<const unsigned char*>(values.data());
+    data.insert(data.end(), bytes, bytes + values.size() * sizeof(values[0]));
+  };
+  add(packed.values);
+  add(packed.bias);
+  add(packed.tile_begin);
+  add(packed.channel_tile);
+  add(packed.row_order);
+  add(packed.output_channel);
+  add(packed.input_channel);
+  memory_ = device_.upload(data);
+  DevicePointer* const pointers[] = {&values_,    &bias_,           &tile_begin_,   &channel_tile_,
+                                     &row_order_, &output_channel_, &input_channel_};
+  for (size_t i = 0; i < places.size(); ++i) *pointers[i] = memory_->pointer() + places[i];
+
+  const Size square{1, 3, 3}, point{1, 1, 1};
+  const int taps = type == Type::f32                            ? 0
+                   : window.kernel == point                     ? 1
+                   : window.kernel == square && !window.has_depth ? 9
+                                                                : 0;
+  const Layout layout = last ? Layout::nhwc : Layout::nchw;
+  for (const Tile& tile : tiles()) {
+    if (tile.type != type || tile.taps != taps || tile.bk != bk_ || bm_ % tile.bm != 0) continue;
+    if (tile.layout == layout) whole_.push_back({&tile, &device_.kernel(tile.variant)});
+    if (tile.layout == Layout::split) split_.push_back({&tile, &device_.kernel(tile.variant)});
+  }
+  if (whole_.empty()) throw std::runtime_error("the op library holds no CUDA kernel for this layer: rebuild it");
+  for (std::vector<Candidate>* list : {&whole_, &split_}) {
+    std::stable_sort(list->begin(), list->end(), [](const Candidate& a, const Candidate& b) {
+      return a.tile->bm * a.tile->bn < b.tile->bm * b.tile->bn;
+    });
+  }
+  const std::string elements = type == Type::tf32 ? "tf32" : item_size(type) == 2 ? "i16" : "i32";
+  channels_last_ = &device_.kernel("channels_last_" + elements + (last ? "_nhwc" : "_nchw"));
+  sum_splits_ = &device_.kernel(std::string("sum_splits_") + (type == Type::tf32 ? "f32" : name_of(type)) + "_nchw");
+
+  if (const char* forced = std::getenv("TETRIS_ONNX_CUDA_TILE"); forced != nullptr && *forced != '\0') {
+    long long bm = 0, bn = 0, splits = 0;
+    char rest = 0;
+    if (std::sscanf(forced, "%lldx%lldx%lld%c", &bm, &bn, &splits, &rest) != 3 || bm < 0 || bn < 0 || splits < 0 ||
+        splits > 1024) {
+      throw std::invalid_argument("TETRIS_ONNX_CUDA_TILE is '" + std::string(forced) +
+                                  "', expected ROWSxPIXELSxSPLITS, with 0 for what is to be chosen");
+    }
+    forced_bm_ = bm;
+    forced_bn_ = bn;
+    forced_splits_ = splits;
+  }
+}
+
+// The largest tile that still makes a program for each multiprocessor: large tiles read less for each product. Where even
+// the smallest leaves some idle, the sums are split.
+SparseKernel::Plan SparseKernel::plan(int64_t pixels) const {
+  const int64_t processors = device_.multiprocessors();
+  auto programs = [&](const Tile& tile) { return ceil_div(pixels, tile.bn) * rows_ * (bm_ / tile.bm); };
+  auto allowed = [&](const Tile& tile) {
+    return (forced_bm_ == 0 || tile.bm == forced_bm_) && (forced_bn_ == 0 || tile.bn == forced_bn_);
+  };
+  const Candidate* best = nullptr;
+  for (const Candidate& candidate : whole_) {
+    if (!allowed(*candidate.tile)) continue;
+    if (best == nullptr || programs(*candidate.tile) >= processors) best = &candidate;
+  }
+  const int64_t steps = most_tiles_ * taps_;
+  const Candidate* split = nullptr;
+  for (const Candidate& candidate : split_) {
+    if (!allowed(*candidate.tile)) continue;
+    // The widest, as tall as the weight's rows, unless the pixels fit a narrower one.
+    if (split == nullptr || (split->tile->bn < pixels && candidate.tile->bn > split->tile->bn) ||
+        (candidate.tile->bn == split->tile->bn && candidate.tile->bm > split->tile->bm)) {
+      split = &candidate;
+    }
+  }
+  int64_t splits = 1;
+  if (split != nullptr && forced_splits_ != 1) {
+    const int64_t wanted = forced_splits_ != 0 ? forced_splits_ : ceil_div(2 * processors, programs(*split->tile));
+    const int64_t most = forced_splits_ != 0 ? steps : std::min(kMaxSplits, steps / kLeastSteps);
+    splits = std::max<int64_t>(1, std::min(wanted, most));
+    const bool idle = best == nullptr || programs(*best->tile) < processors;
+    const int64_t values = checked_product(checked_product(rows_ * bm_, pixels), splits);
+    if (values <= kMaxValues && splits > 1 && (idle || forced_splits_ > 1)) return {split->tile, split->kernel, splits};
+  }
+  if (best == nullptr) {  // a forced tile that this layer has not
+    best = &whole_.front();
+  }
+  return {best->tile, best->kernel, 1};
+}
+
+void SparseKernel::run(DevicePointer x, int64_t batch, const Size& input, const Size& output, DevicePointer y,
+                       StreamHandle* stream) const {
+  const int64_t in_volume = volume(input), out_volume = volume(output);
+  if (batch == 0 || in_volume == 0 || out_volume == 0) return;
+  // A larger batch is cut.
+  const int64_t image = std::max({checked_product(channels_, in_volume), checked_product(inputs_, in_volume),
+                                  checked_product(outputs_, out_volume)});
+  if (image > kMaxValues) throw std::invalid_argument("one image has too many values for the CUDA kernels (2^31)");
+  const int64_t chunk = std::min(batch, kMaxValues / image);
+  for (size_t d = 0; d < 3; ++d) {
+    narrow(checked_product(output[d], window_.strides[d]) + checked_product(window_.kernel[d], window_.dilations[d]));
+  }
+  const int64_t item = item_size(type_);
+  const Plan plan = this->plan(chunk * out_volume);
+  const Tile& tile = *plan.tile;
+  const int64_t parts = bm_ / tile.bm;
+
+  // An input that already is what the kernel reads is read where it is.
+  const bool direct = in_order_ && (last_ || in_volume == 1) && x % 16 == 0;
+  const size_t packed_bytes = direct ? 0 : static_cast<size_t>(chunk * in_volume * channels_ * item + 255) / 256 * 256;
+  const bool split = tile.layout == Layout::split;
+  const size_t partial_bytes =
+      split ? static_cast<size_t>(plan.splits * rows_ * bm_ * chunk * out_volume) * sizeof(float) : 0;
+  const Device::Scope scope(device_);
+  const Device::Workspace workspace = device_.workspace(stream, packed_bytes + partial_bytes);
+  const DevicePointer partial = workspace.pointer + packed_bytes;
+
+  for (int64_t first = 0; first < batch; first += chunk) {
+    const int64_t images = std::min(chunk, batch - first);
+    const int64_t in_pixels = images * in_volume, out_pixels = images * out_volume;
+    DevicePointer source = x + static_cast<DevicePointer>(first * inputs_ * in_volume * item);
+    const DevicePointer target = y + static_cast<DevicePointer>(first * outputs_ * out_volume * item);
+    if (!direct) {
+      channels_last_->launch<k_channels_last>(ceil_div(in_pixels, kPixelTile), channels_ / kChannelTile, 1, stream, source,
+                                              workspace.pointer, input_channel_, narrow(inputs_), narrow(in_volume),
+                                              narrow(in_pixels), narrow(channels_));
+      source = workspace.pointer;
+    }
+    plan.kernel->launch<k_block_sparse_conv>(
+        ceil_div(out_pixels, tile.bn), rows_ * parts, plan.splits, stream, source, values_, bias_,
+        split ? partial : target, tile_begin_, channel_tile_, row_order_, output_channel_, narrow(channels_),
+        narrow(input[0]), narrow(input[1]), narrow(input[2]), narrow(outputs_), narrow(output[0]), narrow(output[1]),
+        narrow(output[2]), narrow(out_pixels), narrow(window_.strides[0]), narrow(window_.strides[1]),
+        narrow(window_.strides[2]), narrow(window_.pads_begin[0]), narrow(window_.pads_begin[1]),
+        narrow(window_.pads_begin[2]), narrow(window_.dilations[0]), narrow(window_.dilations[1]),
+        narrow(window_.dilations[2]), narrow(taps_), narrow(window_.kernel[1]), narrow(window_.kernel[2]),
+        narrow(int64_t{bm_} * bk_), narrow(parts), narrow(plan.splits), activation_.low, activation_.high);
+    if (split) {
+      sum_splits_->launch<k_sum_splits>(ceil_div(rows_ * bm_ * out_pixels, kSumBlock), 1, 1, stream, partial, bias_,
+                                        target, output_channel_, narrow(rows_ * bm_), narrow(outputs_),
+                                        narrow(out_volume), narrow(out_pixels), narrow(plan.splits), activation_.low,
+                                        activation_.high);
+    }
+  }
+}
+
+}  // namespace tetris::cuda
