@@ -1,4 +1,4 @@
-"""Pruning with calibration samples: features are what a layer multiplies; the result comes closer to the dense model."""
+"""Pruning with calibration samples: features are what a layer multiplies; the result is closer to the dense model."""
 
 from __future__ import annotations
 
