@@ -22,6 +22,14 @@ def layer(seed: int = 0, n: int = 500) -> LayerSamples:
     return LayerSamples(u, (u @ weight.T).astype(np.float32), weight, damping=1e-6)
 
 
+def eliminate(
+    samples: LayerSamples, rows: NDArray[np.int64], blocks: list[NDArray[np.int64]], most: int | None = None
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """eliminate_blocks for blocks in the features' own order."""
+    inverse, fitted = samples.inverse.astype(np.float32), samples.fitted[rows].astype(np.float32)
+    return eliminate_blocks(inverse, fitted, [len(block) for block in blocks], most)
+
+
 def squared_error(samples: LayerSamples, keep: NDArray[np.bool_]) -> float:
     return samples.error(samples.refit(keep)[0]) * samples.power
 
@@ -30,7 +38,7 @@ def test_eliminate_blocks_drops_the_cheapest_and_tells_its_exact_cost() -> None:
     samples = layer()
     rows = np.array([1, 4, 7])
     blocks = [np.arange(3 * TAPS * i, 3 * TAPS * (i + 1)) for i in range(IN // 3)]
-    order, costs = eliminate_blocks(samples, rows, blocks)
+    order, costs = eliminate(samples, rows, blocks)
     assert sorted(order.tolist()) == [0, 1, 2]
 
     def error(kept: set[int]) -> float:
@@ -53,8 +61,8 @@ def test_eliminate_blocks_drops_the_cheapest_and_tells_its_exact_cost() -> None:
 def test_eliminate_blocks_of_uneven_sizes_stops_where_asked() -> None:
     samples = layer()
     blocks = [np.arange(0, 10), np.arange(10, 12), np.arange(12, 18)]
-    whole, _ = eliminate_blocks(samples, np.array([0]), blocks)
-    part, costs = eliminate_blocks(samples, np.array([0]), blocks, 2)
+    whole, _ = eliminate(samples, np.array([0]), blocks)
+    part, costs = eliminate(samples, np.array([0]), blocks, 2)
     assert part.tolist() == whole[:2].tolist() and len(costs) == 2
 
 

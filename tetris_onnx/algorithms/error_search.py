@@ -27,8 +27,8 @@ from tetris_onnx.algorithms.refit import LayerSamples
 from tetris_onnx.algorithms.reorder import transport
 from tetris_onnx.algorithms.threads import run_threads
 
-_MAX_ITERATIONS = 4
-_LEAST_GAIN = 5e-3  # share of the error that one more iteration has to save
+_MAX_ITERATIONS = 3
+_LEAST_GAIN = 0.03  # share of the error that an iteration has to save for another one to follow
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,22 +77,21 @@ def support(
 
 
 def eliminate_blocks(
-    samples: LayerSamples, rows: NDArray[np.int64], blocks: Sequence[NDArray[np.int64]], most: int | None = None
+    inverse: NDArray[np.float32], fitted: NDArray[np.float32], sizes: Sequence[int], most: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Drop the blocks of features of one block row, cheapest first, refitting after each.
 
-    ``rows``: the outputs of the block row; ``blocks``: the features of each block; ``most``: how many to drop (all by
-    default). Returns (indices of ``blocks`` in the order of dropping, what each adds to the squared error). O(d^3).
+    ``inverse`` [d, d]: that of the Hessian, features block by block; ``fitted`` [rows, d]: the best weights on all
+    features; ``sizes``: features of each block; ``most``: how many to drop (all by default). Returns (blocks in the
+    order of dropping, what each drop adds to the squared error). O(d^3).
     """
-    layout = np.concatenate(blocks)
-    ends = np.cumsum([len(block) for block in blocks])
-    where = {i: np.arange(end - len(blocks[i]), end) for i, end in enumerate(ends)}
-    inv = samples.inverse[np.ix_(layout, layout)].astype(np.float32)
-    w = (samples.cross[rows] @ samples.inverse)[:, layout].astype(np.float32)
-    active = list(range(len(blocks)))
+    ends = np.cumsum(sizes)
+    where = {i: np.arange(end - sizes[i], end) for i, end in enumerate(ends)}
+    inv, w = inverse.copy(), fitted.copy()
+    active = list(range(len(sizes)))
     order: list[int] = []
     costs: list[float] = []
-    for _ in range(len(blocks) if most is None else most):
+    for _ in range(len(sizes) if most is None else most):
         factors = {i: _factor(inv[np.ix_(where[i], where[i])]) for i in active}
         solved = {i: linalg.cho_solve(factors[i], w[:, where[i]].T, check_finite=False) for i in active}
         cost = {i: float(np.einsum("rj,jr->", w[:, where[i]], solved[i], dtype=np.float64)) for i in active}
@@ -159,8 +158,10 @@ def _prune(
     groups = [out_perm[i : i + block[0]] for i in range(0, out_perm.size, block[0])]
     # A block row that loses far more than its share is not worth looking at.
     most = min(len(blocks), -(-drop * 3 // (2 * len(groups))) + 1)
-    _ = samples.inverse, samples.cross  # computed here, not by each thread for itself
-    found = run_threads(eliminate_blocks, [(samples, rows, blocks, most) for rows in groups], workers)
+    layout, sizes = np.concatenate(blocks), [len(features) for features in blocks]
+    inverse = samples.inverse[np.ix_(layout, layout)].astype(np.float32)
+    fitted = samples.fitted[:, layout].astype(np.float32)
+    found = run_threads(eliminate_blocks, [(inverse, fitted[rows], sizes, most) for rows in groups], workers)
     keep = choose_blocks([o for o, _ in found], [c for _, c in found], len(blocks), drop)
     weight, _ = samples.refit(support((out_perm, in_perm), block, keep, samples.features // in_perm.size))
     return Pruned(out_perm, in_perm, keep, samples.error(weight))

@@ -87,6 +87,11 @@ class LayerSamples:
         return linalg.cho_solve(factor, np.eye(self.features), check_finite=False)
 
     @cached_property
+    def fitted(self) -> NDArray[np.float64]:
+        """The best weights on all features, [out, features]."""
+        return self.cross @ self.inverse
+
+    @cached_property
     def cross(self) -> NDArray[np.float64]:
         """G [out, features]."""
         return self._cross(self.y, self.weight)
@@ -97,7 +102,7 @@ class LayerSamples:
     def saliency(self) -> NDArray[np.float64]:
         """What dropping each single weight [out, features] adds to the squared error after the rest is refitted."""
         if not self.few:
-            return (self.cross @ self.inverse) ** 2 / np.diag(self.inverse)
+            return self.fitted**2 / np.diag(self.inverse)
         # With A = U U^T + n lam I:  inv(H) = (I - U^T inv(A) U) / lam,  and the fit on all features is W + R^T inv(A)
         # U.
         solved = linalg.cho_solve(self._inner_factor(np.arange(self.features)), self.u, check_finite=False)
@@ -146,7 +151,7 @@ class LayerSamples:
         if not self.few:
             _ = self._gram  # computed before the copy, for both
         other = copy.copy(self)
-        for name in ("hessian", "inverse", "cross"):
+        for name in ("hessian", "inverse", "cross", "fitted"):
             other.__dict__.pop(name, None)
         other.damping = max(damping * self._variance, float(np.finfo(np.float32).tiny))
         return other
