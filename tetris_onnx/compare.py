@@ -81,14 +81,14 @@ class Comparison:
 def compare(
     a: ModelSource,
     b: ModelSource,
-    data: str | Path | None = None,
+    data: str | Path | Samples | None = None,
     samples: int = RANDOM_SAMPLES,
     seed: int = 0,
     shapes: Shapes | None = None,
     provider: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
-    """Run both models on every sample of ``data`` (see `load_samples`), or on ``samples`` random ones.
+    """Run both models on every sample of ``data`` (a file, see `load_samples`), or on ``samples`` random ones.
 
     ``shapes`` are those of `random_samples`; ``progress`` is called with (done, all) samples.
     Raises `CompareError` for models with different inputs or outputs, `CalibrationError` for data that does not fit,
@@ -100,7 +100,9 @@ def compare(
     inputs = _common_inputs(names, [session_inputs(session) for session in sessions])
     outputs = _common_outputs(sessions, names)
     labels = None
-    if data is not None:
+    if isinstance(data, dict):
+        feed = data
+    elif data is not None:
         feed, labels = load_samples(data, inputs), load_labels(data, inputs)
     else:
         feed = runnable_samples(lambda one: run(sessions[0], one, names[0]), inputs, samples, seed, shapes)
@@ -139,7 +141,7 @@ def compare(
     return Comparison(
         a=names[0],
         b=names[1],
-        data="random" if data is None else str(data),
+        data="random" if data is None else "samples" if isinstance(data, dict) else str(data),
         samples=n,
         outputs=tuple(d.result(name) for name, d in zip(outputs, differences, strict=True)),
         agreement=agreement,
