@@ -11,8 +11,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from models import Net, block_sparse_nodes, op_counts, random_feed, relative_error, run
 
+from models import Net, block_sparse_nodes, op_counts, random_feed, relative_error, run
 from tetris_onnx import runtime
 from tetris_onnx.config import Config, LayerRule
 from tetris_onnx.graph import io

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from models import Net, check_rewrite, rewrite, weights_of
 from onnx import TensorProto
 
+from models import Net, check_rewrite, rewrite, weights_of
 from tetris_onnx import planner
 from tetris_onnx.algorithms.permutation import is_identity
 from tetris_onnx.algorithms.reorder import Reordering

@@ -37,13 +37,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+
 from shapes import Layer, read_layers  # beside this file
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "custom_ops" / "cuda"))
 import build  # noqa: E402  (of the kernels)
-
 from tests import reference  # noqa: E402  (the oracle)
 
 TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "f32": torch.float32}

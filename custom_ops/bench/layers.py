@@ -20,8 +20,8 @@ import numpy as np
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
-from shapes import Layer, read_layers  # beside this file
 
+from shapes import Layer, read_layers  # beside this file
 from tetris_onnx import runtime
 
 

@@ -144,10 +144,11 @@ def constants(variant: Variant, architecture: int) -> dict[str, Any]:
 
 def compile_variant(variant: Variant, architecture: int) -> Any:
     """Triton's compiled kernel."""
-    import kernels
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    import kernels
 
     function = getattr(kernels, variant.kernel)
     chosen = constants(variant, architecture)

@@ -11,11 +11,11 @@ import onnx_graphsurgeon as gs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from models import Net, random_feed, run
 from numpy.typing import NDArray
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
 
+from models import Net, random_feed, run
 from tetris_onnx.algorithms.permutation import expand
 from tetris_onnx.graph import channels, io
 from tetris_onnx.graph.channels import ChannelAxis, Region, find_region, gather_permutation, reshape_axis

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from models import Net
 from onnx import helper
 
+from models import Net
 from tetris_onnx.graph import io
 from tetris_onnx.graph.constants import constant_value
 

@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from models import Net, op_counts, random_feed, relative_error, run
 from onnx import TensorProto, helper, numpy_helper
 
+from models import Net, op_counts, random_feed, relative_error, run
 from tetris_onnx.graph import io
 from tetris_onnx.graph.io import ModelError
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from models import Net, random_feed, relative_error, run
 from onnx import TensorProto
 
+from models import Net, random_feed, relative_error, run
 from tetris_onnx.graph import io
 from tetris_onnx.graph.layers import Layer, conv_window, find_layers, layer_of
 from tetris_onnx.passes import Pass, normalize_layers, run_passes

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from models import Dim, Net
 from onnx import TensorProto, helper
 
+from models import Dim, Net
 from tetris_onnx.graph.shapes import infer_shapes, run_node
 
 

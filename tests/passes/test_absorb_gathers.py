@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+
 from models import (
     TOLERANCE,
     Net,
@@ -16,7 +17,6 @@ from models import (
     run,
     weights_of,
 )
-
 from tetris_onnx.graph import io
 from tetris_onnx.optimize import pipeline
 from tetris_onnx.passes import Pass, absorb_gathers, attach_fallback, run_passes

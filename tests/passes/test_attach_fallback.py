@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-import reference
-from models import Net, check_rewrite, random_feed, random_plan, relative_error, rewrite, run
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+import reference
+from models import Net, check_rewrite, random_feed, random_plan, relative_error, rewrite, run
 from tetris_onnx.graph import io
 from tetris_onnx.graph.layers import CONV, DOMAIN, GEMM
 from tetris_onnx.passes import Pass, attach_fallback, run_passes

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-from models import Net, op_counts, random_feed, run
 
+from models import Net, op_counts, random_feed, run
 from tetris_onnx.graph import io
 from tetris_onnx.passes import Pass, fold_gathers, run_passes
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 import pytest
-from models import Net, op_counts, random_feed, relative_error, run
 
+from models import Net, op_counts, random_feed, relative_error, run
 from tetris_onnx.graph import io
 from tetris_onnx.passes import Pass, fuse_batchnorm, normalize_layers, run_passes
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 import pytest
+from onnx import helper
+
 from models import (
     TOLERANCE,
     Net,
@@ -20,9 +22,7 @@ from models import (
     run,
     weights_of,
 )
-from onnx import helper
 from reference import dense_weight
-
 from tetris_onnx.graph import io
 from tetris_onnx.graph.layers import DOMAIN
 from tetris_onnx.optimize import masked_dense

@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from models import Net, op_counts, random_feed, relative_error, run
 
+from models import Net, op_counts, random_feed, relative_error, run
 from tetris_onnx.graph import io
 from tetris_onnx.graph.layers import find_layers
 from tetris_onnx.passes import Pass, normalize_layers, run_passes

@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from models import Net, random_feed, random_plan, relative_error, run, weights_of
 
+from models import Net, random_feed, random_plan, relative_error, run, weights_of
 from tetris_onnx.graph import io
 from tetris_onnx.optimize import masked_dense, pipeline
 from tetris_onnx.passes import Pass, PassError, run_passes

@@ -7,8 +7,8 @@ from functools import partial
 import numpy as np
 import onnx
 import pytest
-from models import TOLERANCE, Net, op_counts, random_feed, random_plan, relative_error, run, weights_of
 
+from models import TOLERANCE, Net, op_counts, random_feed, random_plan, relative_error, run, weights_of
 from tetris_onnx.graph import io
 from tetris_onnx.graph.layers import find_layers
 from tetris_onnx.passes import Pass, normalize_layers, prune_blocks, reorder_weights, run_passes

@@ -12,8 +12,8 @@ import onnx
 import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
-from models import Net, block_sparse_nodes, our_gathers, random_feed, random_plan, relative_error, rewrite, run
 
+from models import Net, block_sparse_nodes, our_gathers, random_feed, random_plan, relative_error, rewrite, run
 from tetris_onnx.optimize import masked_dense
 from tetris_onnx.plan import Plan
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto
+
 from models import (
     Net,
     block_sparse_nodes,
@@ -17,8 +19,6 @@ from models import (
     rewrite,
     run,
 )
-from onnx import TensorProto
-
 from tetris_onnx.optimize import masked_dense
 
 BOTH = pytest.mark.parametrize("gathers", ["absorb", "keep"])

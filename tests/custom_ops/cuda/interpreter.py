@@ -12,7 +12,6 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are declared
 
 import kernels  # beside build.py, which stand_in.py put on the path
-
 from tests.custom_ops.cuda import stand_in
 
 
