@@ -47,8 +47,7 @@ class Activations:
         self._done: tuple[set[int], set[int]] = (set(), set())  # nodes that have run: dense, pruned
         self._values: tuple[dict[str, NDArray], dict[str, NDArray]] = (dict(samples), {})
         # All batches have one size, so that a value computed from the size of a batch (a Shape) fits the others too.
-        largest = fixed_batch(self._inputs) or max(b for b in range(1, _BATCH + 1) if self._count % b == 0)
-        self._batch = largest
+        self._batch = fixed_batch(self._inputs) or max(b for b in range(1, _BATCH + 1) if self._count % b == 0)
         self._sliced = {spec.name for spec in self._inputs if spec.shape}  # values with one part per batch
         self._wanted: set[str] = set()  # what the current layer is asked for
         self._memory = memory
@@ -119,7 +118,6 @@ class Activations:
     def _run(self, version: int, targets: Sequence[str]) -> None:
         """Compute ``targets`` in the dense (0) or pruned (1) network, and keep what is read later."""
         need: set[int] = set()
-        reads: set[str] = set()
         todo = [name for name in targets if name not in self._values[version]]
         while todo:
             name = todo.pop()
@@ -169,11 +167,11 @@ class Activations:
         nodes: list[onnx.NodeProto] = []
         constants: dict[str, onnx.TensorProto] = {}
         for index in order:
-            own, extra = (
-                self._replaced.get(index, ([self._nodes[index]], [])) if version else ([self._nodes[index]], [])
-            )
+            own = [self._nodes[index]]
+            if version == 1 and index in self._replaced:
+                own, extra = self._replaced[index]
+                constants |= {t.name: t for t in extra}
             nodes += own
-            constants |= {t.name: t for t in extra}
             for node in own:
                 constants |= {name: self._initializers[name] for name in _reads(node) if name in self._initializers}
         inputs = [

@@ -95,7 +95,7 @@ def make_plan(graph: gs.Graph, config: Config, progress: Progress | None = None)
         key = id(layer.node.inputs[1]), layer.stored_transposed, candidate.block_size, sparsity, axes
         if key not in jobs:
             jobs[key] = len(tasks)
-            scores = _scores(candidate.layer, config)
+            scores = magnitude(candidate.layer, config)
             tasks.append((scores, candidate.block_size, candidate.options.sparsity, axes, config.reorder, config.seed))
         job_of.append(jobs[key])
     found = _run(tasks, config.workers, progress)
@@ -138,7 +138,7 @@ def match_plan(graph: gs.Graph, plan: Plan, config: Config) -> list[LayerReport]
             reason = candidate.layer.why_dense or "it is not in the plan"
             rows.append(describe(replace(candidate, why_dense=reason), None, None))
             continue
-        scores = _scores(candidate.layer, config)
+        scores = magnitude(candidate.layer, config)
         sums = block_sums(scores[decision.out_perm][:, decision.in_perm], decision.block_size)
         plain = np.sort(block_sums(scores, decision.block_size), axis=None)[::-1]
         total = float(sums.sum()) or 1.0
@@ -183,7 +183,8 @@ def free_axes(candidate: Candidate, config: Config) -> tuple[int, ...]:
     return tuple(axis for axis, border in ((0, candidate.last), (1, candidate.first)) if not border)
 
 
-def _scores(layer: Layer, config: Config) -> NDArray:
+def magnitude(layer: Layer, config: Config) -> NDArray:
+    """Importance [out, in] of a layer's weight by its size: l2 where the options say so, else l1."""
     return importance(layer.weight, "l2" if config.importance == "l2" else "l1")
 
 

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from tetris_onnx.activations import Activations
 from tetris_onnx.algorithms.blocks import keep_count
 from tetris_onnx.algorithms.error_search import search, support
-from tetris_onnx.algorithms.importance import importance
 from tetris_onnx.algorithms.refit import LayerSamples
 from tetris_onnx.calibration import Samples
 from tetris_onnx.config import Config
@@ -26,7 +25,7 @@ from tetris_onnx.graph.layers import Layer, conv_window
 from tetris_onnx.passes.fuse_epilogue import clip_bounds
 from tetris_onnx.passes.set_weights import NewWeights
 from tetris_onnx.plan import LayerPlan, Plan
-from tetris_onnx.planner import Candidate, Progress, describe, free_axes, search_order, survey
+from tetris_onnx.planner import Candidate, Progress, describe, free_axes, magnitude, search_order, survey
 from tetris_onnx.report import LayerReport
 
 # Rows of the least squares: output positions times samples, at least this many and this many per feature where there
@@ -130,7 +129,7 @@ def _choose(candidate: Candidate, seen: LayerSamples, config: Config) -> tuple[L
     layer, block, sparsity = candidate.layer, candidate.block_size, candidate.options.sparsity
     by_magnitude = config.importance in ("l1", "l2")
     if by_magnitude:
-        scores = importance(layer.weight, "l1" if config.importance == "l1" else "l2")
+        scores = magnitude(layer, config)
     else:
         scores = seen.saliency().reshape(*layer.weight_shape[:2], -1).sum(axis=2)
     axes = free_axes(candidate, config)

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from tetris_onnx.algorithms.permutation import inverse
+
 
 def fit_block_size(shape: Sequence[int], block_size: Sequence[int]) -> tuple[int, ...]:
     """The block size that a layer of ``shape`` really gets: halved (rounding up) per axis until there are two blocks.
@@ -89,6 +91,14 @@ def expand_keep(keep: NDArray[np.bool_], block_size: Sequence[int], shape: Seque
     for axis, (n, size) in enumerate(zip(shape, block_size, strict=True)):
         mask = np.repeat(mask, group_capacities(n, size), axis=axis)
     return mask
+
+
+def original_mask(
+    keep: NDArray[np.bool_], block_size: Sequence[int], out_perm: NDArray[np.int64], in_perm: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Which elements [out, in] survive in the order from before the reordering by ``out_perm`` and ``in_perm``."""
+    reordered = expand_keep(keep, block_size, (out_perm.size, in_perm.size))
+    return reordered[inverse(out_perm)][:, inverse(in_perm)]
 
 
 def _check(shape: Sequence[int], block_size: Sequence[int]) -> None:

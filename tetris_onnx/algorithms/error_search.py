@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
-from tetris_onnx.algorithms.blocks import expand_keep, group_capacities
-from tetris_onnx.algorithms.permutation import Permutation, inverse
-from tetris_onnx.algorithms.refit import LayerSamples
+from tetris_onnx.algorithms.blocks import group_capacities, original_mask
+from tetris_onnx.algorithms.permutation import Permutation
+from tetris_onnx.algorithms.refit import LayerSamples, cholesky
 from tetris_onnx.algorithms.reorder import transport
 from tetris_onnx.algorithms.threads import run_threads
 
@@ -71,9 +71,7 @@ def support(
     plan: tuple[Permutation, Permutation], block_size: tuple[int, int], keep: NDArray[np.bool_], taps: int
 ) -> NDArray:
     """Which features [out, in * taps] survive, in the layer's own order."""
-    out_perm, in_perm = plan
-    reordered = expand_keep(keep, block_size, (out_perm.size, in_perm.size))
-    return np.repeat(reordered[inverse(out_perm)][:, inverse(in_perm)], taps, axis=1)
+    return np.repeat(original_mask(keep, block_size, *plan), taps, axis=1)
 
 
 def eliminate_blocks(
@@ -92,7 +90,7 @@ def eliminate_blocks(
     order: list[int] = []
     costs: list[float] = []
     for _ in range(len(sizes) if most is None else most):
-        factors = {i: _factor(inv[np.ix_(where[i], where[i])]) for i in active}
+        factors = {i: cholesky(inv[np.ix_(where[i], where[i])]) for i in active}
         solved = {i: linalg.cho_solve(factors[i], w[:, where[i]].T, check_finite=False) for i in active}
         cost = {i: float(np.einsum("rj,jr->", w[:, where[i]], solved[i], dtype=np.float64)) for i in active}
         dropped = min(active, key=lambda i: cost[i])
@@ -180,7 +178,7 @@ def _explained(samples: LayerSamples, s: NDArray[np.int64]) -> NDArray[np.float6
     """By how much the features ``s`` lower each output's squared error, [out]."""
     if not s.size:
         return np.zeros(len(samples.cross))
-    factor = _factor(samples.hessian[np.ix_(s, s)])
+    factor = cholesky(samples.hessian[np.ix_(s, s)])
     part = samples.cross[:, s]
     return np.einsum("os,so->o", part, linalg.cho_solve(factor, part.T, check_finite=False))
 
@@ -214,7 +212,7 @@ def _channel_worth(
     worth = np.zeros(channels)
     inv = np.zeros((0, 0))
     if s.size:
-        factor = _factor(hessian[np.ix_(s, s)])
+        factor = cholesky(hessian[np.ix_(s, s)])
         inv = linalg.cho_solve(factor, np.eye(s.size), check_finite=False)
     fitted = cross[:, s] @ inv
     between = hessian[np.ix_(s, rest)]
@@ -228,10 +226,6 @@ def _channel_worth(
         left = hessian[np.ix_(rest[part], rest[part])] - between[:, part].T @ lifted[:, part]
         worth[rest[start] // taps] = _quadratic(residual[:, part], left)
     return worth
-
-
-def _factor(matrix: NDArray) -> tuple[NDArray, bool]:
-    return linalg.cho_factor(matrix, lower=True, check_finite=False)
 
 
 def _quadratic(vectors: NDArray[np.float64], matrix: NDArray[np.float64]) -> float:

@@ -52,12 +52,10 @@ class LayerSamples:
         self.u = u - self.mean_in.astype(u.dtype)
         self.y = y - self.mean_out.astype(y.dtype)
         self.weight = weight
-        self.power = float(np.einsum("no,no->", self.y, self.y, dtype=np.float64)) / len(
-            y
-        )  # sum of the outputs' variances
+        # The sum of the outputs' variances.
+        self.power = float(np.einsum("no,no->", self.y, self.y, dtype=np.float64)) / len(y)
         self._variance = float(np.einsum("nf,nf->", self.u, self.u, dtype=np.float64)) / u.size
-        # A feature that never changes has a zero row in H: the damping keeps the matrix invertible.
-        self.damping = max(damping * self._variance, float(np.finfo(np.float32).tiny))
+        self.damping = self._lam(damping)
 
     @property
     def features(self) -> int:
@@ -68,6 +66,10 @@ class LayerSamples:
     def few(self) -> bool:
         """Whether there are fewer samples than features."""
         return len(self.u) < self.features
+
+    def _lam(self, damping: float) -> float:
+        # A feature that never changes has a zero row in H: the damping keeps the matrix invertible.
+        return max(damping * self._variance, float(np.finfo(np.float32).tiny))
 
     @cached_property
     def _gram(self) -> NDArray[np.float32]:
@@ -83,7 +85,7 @@ class LayerSamples:
     @cached_property
     def inverse(self) -> NDArray[np.float64]:
         """The inverse of H."""
-        factor = linalg.cho_factor(self.hessian, lower=True, check_finite=False)
+        factor = cholesky(self.hessian)
         return linalg.cho_solve(factor, np.eye(self.features), check_finite=False)
 
     @cached_property
@@ -94,17 +96,21 @@ class LayerSamples:
     @cached_property
     def cross(self) -> NDArray[np.float64]:
         """G [out, features]."""
-        return self._cross(self.y, self.weight)
+        return self._products + self.damping * self.weight
 
-    def _cross(self, y: NDArray, weight: NDArray) -> NDArray[np.float64]:
-        return _inner(y, self.u).astype(np.float64) / len(self.u) + self.damping * weight
+    @cached_property
+    def _products(self) -> NDArray[np.float64]:
+        return self._mean_products(self.y)
+
+    def _mean_products(self, y: NDArray) -> NDArray[np.float64]:
+        return _inner(y, self.u).astype(np.float64) / len(self.u)
 
     def saliency(self) -> NDArray[np.float64]:
         """What dropping each single weight [out, features] adds to the squared error after the rest is refitted."""
         if not self.few:
             return self.fitted**2 / np.diag(self.inverse)
-        # With A = U U^T + n lam I:  inv(H) = (I - U^T inv(A) U) / lam,  and the fit on all features is W + R^T inv(A)
-        # U.
+        # With A = U U^T + n lam I and the residual R of the dense weight W:
+        # inv(H) = (I - U^T inv(A) U) / lam, and the fit on all features is W + R^T inv(A) U.
         solved = linalg.cho_solve(self._inner_factor(np.arange(self.features)), self.u, check_finite=False)
         diagonal = (1 - np.einsum("nf,nf->f", self.u, solved)) / self.damping
         fitted = self.weight + (self.y - self.u @ self.weight.T).T @ solved
@@ -119,7 +125,7 @@ class LayerSamples:
         may be anything beyond them: targets there follow the fit, which lowers the error after the clip in every
         iteration (majorize and minimize).
         """
-        weight = self._solve(keep, self.y, self.weight)
+        weight = self._solve(keep, self.y, self.weight, None if self.few else self.cross)
         bias = self.mean_out - weight @ self.mean_in
         if bounds == (-np.inf, np.inf):
             return weight, bias
@@ -130,7 +136,9 @@ class LayerSamples:
             target = np.where(raw <= low, np.minimum(fitted, low), np.where(raw >= high, np.maximum(fitted, high), raw))
             mean = target.mean(axis=0, dtype=np.float64)
             # The damping now pulls to the last fit, so that the iteration ends at the optimum of the samples.
-            weight = self._solve(keep, target - mean.astype(target.dtype), weight)
+            target -= mean.astype(target.dtype)
+            cross = None if self.few else self._mean_products(target) + self.damping * weight
+            weight = self._solve(keep, target, weight, cross)
             bias = mean - weight @ self.mean_in
         return weight, bias
 
@@ -149,11 +157,11 @@ class LayerSamples:
     def _damped(self, damping: float) -> LayerSamples:
         """The same samples with another damping; what does not depend on it is shared."""
         if not self.few:
-            _ = self._gram  # computed before the copy, for both
+            _ = self._gram, self._products  # computed before the copy, for both
         other = copy.copy(self)
         for name in ("hessian", "inverse", "cross", "fitted"):
             other.__dict__.pop(name, None)
-        other.damping = max(damping * self._variance, float(np.finfo(np.float32).tiny))
+        other.damping = self._lam(damping)
         return other
 
     def error(self, weight: NDArray) -> float:
@@ -163,13 +171,15 @@ class LayerSamples:
             float(np.einsum("no,no->", residual, residual, dtype=np.float64)) / len(residual) / max(self.power, 1e-300)
         )
 
-    def _solve(self, keep: NDArray[np.bool_], y: NDArray, towards: NDArray) -> NDArray[np.float64]:
+    def _solve(
+        self, keep: NDArray[np.bool_], y: NDArray, towards: NDArray, cross: NDArray[np.float64] | None
+    ) -> NDArray[np.float64]:
+        """Weights for the targets ``y``, damped towards ``towards``. ``cross``: their G; None to solve by samples."""
         supports: dict[bytes, list[int]] = {}
         for row, mask in enumerate(keep):
             supports.setdefault(np.packbits(mask).tobytes(), []).append(row)
         groups = [np.array(rows) for rows in supports.values()]
-        cross = None if self.few else self._cross(y, towards)
-        hessian = None if self.few else self.hessian
+        hessian = None if cross is None else self.hessian
 
         def solve(rows: NDArray[np.int64]) -> NDArray[np.float64]:
             s = np.flatnonzero(keep[rows[0]])
@@ -179,7 +189,7 @@ class LayerSamples:
                 residual = y[:, rows] - self.u[:, s] @ towards[np.ix_(rows, s)].T
                 solved = linalg.cho_solve(self._inner_factor(s), residual, check_finite=False)
                 return towards[np.ix_(rows, s)] + solved.T @ self.u[:, s]
-            factor = linalg.cho_factor(hessian[np.ix_(s, s)], lower=True, check_finite=False)
+            factor = cholesky(hessian[np.ix_(s, s)])
             return linalg.cho_solve(factor, cross[np.ix_(rows, s)].T, check_finite=False).T
 
         weight = np.zeros(keep.shape)
@@ -191,7 +201,12 @@ class LayerSamples:
         part = self.u[:, s]
         inner = (part @ part.T).astype(np.float64)
         inner[np.diag_indices_from(inner)] += len(self.u) * self.damping
-        return linalg.cho_factor(inner, lower=True, check_finite=False)
+        return cholesky(inner)
+
+
+def cholesky(matrix: NDArray) -> tuple[NDArray, bool]:
+    """The factor of a positive definite matrix, for scipy's cho_solve."""
+    return linalg.cho_factor(matrix, lower=True, check_finite=False)
 
 
 def _inner(a: NDArray, b: NDArray) -> NDArray:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from tetris_onnx.algorithms.blocks import expand_keep
-from tetris_onnx.algorithms.permutation import inverse
+from tetris_onnx.algorithms.blocks import original_mask
 from tetris_onnx.graph.layers import find_layers
 from tetris_onnx.passes.surgery import set_constant
 from tetris_onnx.plan import LayerPlan, Plan
@@ -37,8 +36,7 @@ def prune_blocks(graph: gs.Graph, plan: Plan) -> None:
 
 def weight_mask(plan: LayerPlan) -> np.ndarray:
     """Which weights [out, in] survive, in the layer's own channel order."""
-    reordered = expand_keep(plan.keep, plan.block_size, plan.shape)
-    return reordered[inverse(plan.out_perm)][:, inverse(plan.in_perm)]
+    return original_mask(plan.keep, plan.block_size, plan.out_perm, plan.in_perm)
 
 
 def _same(a: LayerPlan, b: LayerPlan) -> bool:
