@@ -35,7 +35,8 @@ from tetris_onnx.calibration import (
     runnable_samples,
     session_inputs,
 )
-from tetris_onnx.session import ModelSource, import_onnxruntime, model_name, open_session, run
+from tetris_onnx.runtime import import_onnxruntime
+from tetris_onnx.session import ModelSource, model_name, open_session, run
 
 SECONDS = 5.0
 _MIN_ROUNDS = 5

@@ -205,8 +205,7 @@ def optimize(
     from tetris_onnx.optimize import optimize as run_optimize
     from tetris_onnx.plan import Plan
     from tetris_onnx.report import check_report_path, print_report, to_json, write_report
-    from tetris_onnx.runtime import get_library_path
-    from tetris_onnx.session import import_onnxruntime
+    from tetris_onnx.runtime import get_library_path, import_onnxruntime
 
     import_onnxruntime()  # the verification at the end needs both
     get_library_path()

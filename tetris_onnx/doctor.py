@@ -24,7 +24,8 @@ from rich.table import Table
 from tetris_onnx import runtime
 from tetris_onnx.bench import cpu_name
 from tetris_onnx.graph.layers import DOMAIN, GEMM
-from tetris_onnx.session import import_onnxruntime, open_session, run
+from tetris_onnx.runtime import import_onnxruntime
+from tetris_onnx.session import open_session, run
 
 ISA_VARIABLE = "TETRIS_ONNX_ISA"
 _MIN_ONNXRUNTIME = (1, 18)

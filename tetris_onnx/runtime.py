@@ -23,7 +23,8 @@ class OpLibraryMissingError(FileNotFoundError):
     """The op library is not where it should be."""
 
 
-def _onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """The onnxruntime module. Raises RuntimeMissingError saying what to install; a broken one raises its own error."""
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
@@ -62,7 +63,7 @@ def get_library_path() -> Path:
 
 def register(session_options: onnxruntime.SessionOptions) -> None:
     """Make the block-sparse ops known to sessions created with these options."""
-    _onnxruntime()
+    import_onnxruntime()
     session_options.register_custom_ops_library(str(get_library_path()))
 
 
@@ -77,7 +78,7 @@ def InferenceSession(
     `sess_options` is registered with the op library in place. `providers` defaults to CUDA where onnxruntime offers it,
     then the CPU.
     """
-    ort = _onnxruntime()
+    ort = import_onnxruntime()
     options = sess_options if sess_options is not None else ort.SessionOptions()
     register(options)
     if providers is None:

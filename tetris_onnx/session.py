@@ -36,17 +36,6 @@ def uses_our_ops(model: onnx.ModelProto) -> bool:
     return any(opset.domain == DOMAIN for opset in model.opset_import)
 
 
-def import_onnxruntime() -> Any:
-    """The onnxruntime module. Raises `RuntimeMissingError` saying what to install."""
-    try:
-        import onnxruntime
-    except ModuleNotFoundError:
-        raise runtime.RuntimeMissingError(
-            "onnxruntime is not installed: pip install 'tetris-onnx[cpu]' (or 'tetris-onnx[gpu]' for CUDA)"
-        ) from None
-    return onnxruntime
-
-
 def open_session(
     model: ModelSource, provider: str = "cpu", threads: int | None = None, profile: Path | None = None
 ) -> Any:
@@ -55,7 +44,7 @@ def open_session(
     ``threads``: of one operator (None: onnxruntime's own choice); operators run one after another. ``profile``: prefix
     of the file that the session's ``end_profiling`` writes. Raises `SessionError`.
     """
-    ort = import_onnxruntime()
+    ort = runtime.import_onnxruntime()
     if provider not in PROVIDERS:
         raise SessionError(f"no provider {provider!r}; choose one of {', '.join(PROVIDERS)}")
     if PROVIDERS[provider] not in ort.get_available_providers():
