@@ -9,20 +9,16 @@ machine.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
-import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.markup import escape
@@ -35,31 +31,15 @@ from tetris_onnx.calibration import (
     runnable_samples,
     session_inputs,
 )
+from tetris_onnx.profiling import LayerTiming, profile, totals, wait_until_idle
 from tetris_onnx.runtime import import_onnxruntime
 from tetris_onnx.session import ModelSource, model_name, open_session, run
 
 SECONDS = 5.0
 _MIN_ROUNDS = 5
 _TURN_SECONDS = 0.03  # timed runs of one model in one round: at least one run
-_PROFILED_RUNS = 20
 _RESAMPLES = 2000
 _WIDE_INTERVAL = 0.15  # of the speed-up: a quiet machine gives a few percent
-_SETTLE_SECONDS = 0.5  # onnxruntime's threads stop spinning long before
-# Ops that onnxruntime may merge into the weight op before them: their time is shown with it, so that models in which
-# they are merged and models in which they are not have the same rows.
-_WEIGHT_OPS = ("Conv", "Gemm", "MatMul", "ConvTranspose", "BlockSparseConv", "BlockSparseGemm")
-_FOLLOWERS = (
-    "Relu",
-    "Clip",
-    "LeakyRelu",
-    "Sigmoid",
-    "Tanh",
-    "HardSigmoid",
-    "HardSwish",
-    "BatchNormalization",
-    "Add",
-    "Mul",
-)
 
 
 class BenchError(ValueError):
@@ -74,15 +54,6 @@ class Timing:
     median_ms: float
     min_ms: float
     runs: int
-
-
-@dataclass(frozen=True)
-class LayerTiming:
-    """Time of one layer (a weight op with what follows it, or another op) in each model."""
-
-    name: str
-    op_types: tuple[str, ...]  # per model; "" where it has no such layer
-    median_ms: tuple[float | None, ...]  # per model
 
 
 @dataclass(frozen=True)
@@ -111,7 +82,10 @@ class BenchResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON types."""
-        return asdict(self)
+        values = asdict(self)
+        values["layers"] = [layer.to_dict() for layer in self.layers]
+        values["totals"] = [layer.to_dict() for layer in totals(self.layers)]
+        return values
 
 
 def bench(
@@ -156,11 +130,7 @@ def bench(
     layers: tuple[LayerTiming, ...] = ()
     if per_layer:
         del sessions, turns
-        profiles = [
-            _profile(model, feed, provider, threads, name)
-            for model, feed, name in zip(models, feeds, names, strict=True)
-        ]
-        layers = _align(profiles)
+        layers = profile(models, feeds, names, provider, threads)
     return BenchResult(machine, provider, threads, batch, len(times), timings, speedup, interval, layers)
 
 
@@ -184,22 +154,7 @@ def print_bench(result: BenchResult, console: Console) -> None:
                 highlight=False,
             )
     if result.layers:
-        layers = Table(title="per layer, ms (profiled: slower than above)", title_justify="left")
-        layers.add_column("layer", overflow="fold")
-        for timing in result.timings:
-            layers.add_column("op")
-            layers.add_column(escape(Path(timing.model).name), justify="right", overflow="fold")
-        if len(result.timings) == 2:
-            layers.add_column("speed-up", justify="right")
-        for layer in result.layers:
-            cells = [escape(layer.name)]
-            for op_type, ms in zip(layer.op_types, layer.median_ms, strict=True):
-                cells += [escape(op_type), "" if ms is None else f"{ms:.3f}"]
-            if len(result.timings) == 2:
-                first, second = layer.median_ms
-                cells.append(f"{first / second:.2f}x" if first and second else "")
-            layers.add_row(*cells)
-        console.print(layers)
+        console.print(_layer_table(result))
     console.print(f"onnxruntime {machine.onnxruntime} on {machine.cpu}, {machine.cores} cores", highlight=False)
     if machine.load is not None and machine.load + result.threads > machine.cores + 0.5:
         console.print(
@@ -208,6 +163,34 @@ def print_bench(result: BenchResult, console: Console) -> None:
             style="yellow",
             highlight=False,
         )
+
+
+def _layer_table(result: BenchResult) -> Table:
+    pair = len(result.timings) == 2
+    table = Table(title="per layer, ms (profiled: slower than above)", title_justify="left")
+    table.add_column("layer", overflow="fold")
+    for timing in result.timings:
+        table.add_column("op")
+        table.add_column(escape(Path(timing.model).name), justify="right", overflow="fold")
+    for header in ("speed-up", "density", "ideal ms", "of ideal") if pair else ():
+        table.add_column(header, justify="right", no_wrap=True)
+    sums = totals(result.layers)
+    for layer in (*result.layers, *sums):
+        if layer is sums[0]:
+            table.add_section()
+        cells = [escape(layer.name)]
+        for op_type, ms in zip(layer.op_types, layer.median_ms, strict=True):
+            cells += [escape(op_type), _number(ms, ".3f")]
+        if pair:
+            first, second = layer.median_ms
+            cells.append(f"{first / second:.2f}x" if first and second else "")
+            cells += [_number(layer.density, ".3f"), _number(layer.ideal_ms, ".3f"), _number(layer.fraction, ".2f")]
+        table.add_row(*cells)
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 def parse_threads(text: str) -> tuple[int, ...]:
@@ -272,7 +255,7 @@ def _rounds(
     repeats = []
     for turn in turns:
         if settle:
-            _settle()
+            wait_until_idle()
         turn()  # allocations, lazy initialization
         best, end = math.inf, time.perf_counter() + _TURN_SECONDS
         while best == math.inf or time.perf_counter() < end:
@@ -293,7 +276,7 @@ def _rounds(
         order = list(range(len(turns)))
         for i in order if len(times) % 2 == 0 else reversed(order):
             if settle:
-                _settle()
+                wait_until_idle()
             for _ in range(1 + repeats[i] // 4):
                 turns[i]()
             measured = []
@@ -308,98 +291,9 @@ def _rounds(
     return np.array(times), [n * len(times) for n in repeats]
 
 
-def _settle() -> None:
-    """Wait until no thread of this process spins."""
-    end = time.perf_counter() + _SETTLE_SECONDS
-    while time.perf_counter() < end:
-        wall, busy = time.perf_counter(), time.process_time()
-        time.sleep(0.002)
-        if time.process_time() - busy < 0.3 * (time.perf_counter() - wall):
-            return
-
-
 def _ratio_interval(a: NDArray[np.float64], b: NDArray[np.float64], seed: int) -> tuple[float, float]:
     """95 % interval of median(a) / median(b), rounds resampled in pairs."""
     picks = np.random.default_rng(seed).integers(0, len(a), (_RESAMPLES, len(a)))
     ratios = np.median(a[picks], axis=1) / np.median(b[picks], axis=1)
     low, high = np.quantile(ratios, (0.025, 0.975))
     return float(low), float(high)
-
-
-def _profile(model: ModelSource, feed: Samples, provider: str, threads: int, name: str) -> dict[str, tuple[str, float]]:
-    """Per layer: (op type, median milliseconds), in the order of execution."""
-    proto = model if isinstance(model, onnx.ModelProto) else onnx.load(model)
-    if not all(node.name for node in proto.graph.node):  # a profile cannot tell nodes without a name apart
-        model = onnx.ModelProto()
-        model.CopyFrom(proto)
-        for node in model.graph.node:
-            node.name = node.name or node.output[0]
-        proto = model
-    layer_of = _layers_by_name(proto)
-    with tempfile.TemporaryDirectory(prefix="tetris-onnx-") as folder:
-        session = open_session(model, provider, threads, profile=Path(folder) / "profile")
-        for _ in range(1 + _PROFILED_RUNS):
-            run(session, feed, name)
-        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    durations: dict[tuple[str, str, str], list[float]] = defaultdict(list)
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            node = event["name"].removesuffix("_kernel_time")
-            op_type = event["args"].get("op_name", "")
-            durations[node, event["args"].get("node_index", ""), op_type].append(event["dur"] / 1e3)
-    layers: dict[str, tuple[str, float]] = {}
-    for (node, _, op_type), values in durations.items():
-        layer, is_weight_op = _find_layer(node, op_type, layer_of)
-        known, total = layers.get(layer, (op_type, 0.0))
-        layers[layer] = (op_type if is_weight_op else known, total + float(np.median(values)))
-    return layers
-
-
-def _find_layer(node: str, op_type: str, layer_of: Mapping[str, str]) -> tuple[str, bool]:
-    """The row that a node of onnxruntime's optimized graph belongs to, and whether it names the row.
-
-    onnxruntime names a node after the original node or the value it makes, with additions: "y_nchwc", "fused fc",
-    "fc/MatMulAddFusion".
-    """
-    is_weight_op = op_type in (*_WEIGHT_OPS, "FusedConv", "FusedGemm", "FusedMatMul")
-    stem = node.removeprefix("fused ").removesuffix("_nchwc").removesuffix("_nhwc")
-    for name in (node, stem, stem.rsplit("/", 1)[0], stem.rsplit("_token_", 1)[0]):
-        if name in layer_of:
-            return layer_of[name], is_weight_op
-    return (node if is_weight_op and node else op_type), is_weight_op
-
-
-def _layers_by_name(model: onnx.ModelProto) -> dict[str, str]:
-    """The row of every node, by the node's name and by the names of the values it makes.
-
-    A weight op names a row; what follows it elementwise is in the same row; any other op has its own.
-    """
-    constants = {tensor.name for tensor in model.graph.initializer}
-    constants |= {output for node in model.graph.node if node.op_type == "Constant" for output in node.output}
-    rows: dict[str, str] = {}  # by value
-    names: dict[str, str] = {}  # by node
-    of_weights: set[str] = set()
-    for node in model.graph.node:
-        row = node.name or node.output[0]
-        if node.op_type in _WEIGHT_OPS:
-            of_weights.add(row)
-        elif node.op_type in _FOLLOWERS:
-            sources = [rows.get(value, "") for value in node.input if value and value not in constants]
-            if len(sources) == 1 and sources[0] in of_weights:
-                row = sources[0]
-        names[node.name] = row
-        rows |= dict.fromkeys(node.output, row)
-    return rows | names
-
-
-def _align(profiles: Sequence[Mapping[str, tuple[str, float]]]) -> tuple[LayerTiming, ...]:
-    """One row per layer of any model, in the order of the first one that has it."""
-    names = list(dict.fromkeys(name for profile in profiles for name in profile))
-    return tuple(
-        LayerTiming(
-            name,
-            tuple(profile[name][0] if name in profile else "" for profile in profiles),
-            tuple(profile[name][1] if name in profile else None for profile in profiles),
-        )
-        for name in names
-    )

@@ -287,6 +287,13 @@ class TestOpset:
         model = small(opset).build()
         assert io.raise_opset(model) is model
 
+    def test_conversion_invents_no_names(self) -> None:
+        model = small(9).build()
+        model.graph.node[0].name = ""
+        raised = io.raise_opset(model)
+        assert [(node.op_type, node.name) for node in raised.graph.node] == [("Conv", ""), ("Relu", "node_y")]
+        assert [node.name for node in io.to_graph(raised).nodes] == ["conv1", "node_y"]
+
     def test_what_cannot_be_converted_is_told_in_one_line(self) -> None:
         net = Net(9)
         net.output(net.op("Magic", net.input("x", [2, 2]), domain="com.example", out="y"))

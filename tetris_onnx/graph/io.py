@@ -95,12 +95,18 @@ def raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
         return model
     try:
         # The converter needs default values of initializers among the inputs only before IR version 4.
-        return version_converter.convert_version(model, MIN_OPSET)
+        converted = version_converter.convert_version(model, MIN_OPSET)
     except Exception as error:
         raise ModelError(
             f"the model is at opset {opset(model)} and cannot be converted to opset {MIN_OPSET}: "
             f"export it again at a later one ({_first_line(error)})"
         ) from None
+    # The converter invents names for nodes that have none, where those of their outputs are what they are known by.
+    nameless = {output for node in model.graph.node if not node.name for output in node.output}
+    for node in converted.graph.node:
+        if node.output and node.output[0] in nameless:
+            node.name = ""
+    return converted
 
 
 def opset(model: onnx.ModelProto) -> int:
