@@ -10,49 +10,17 @@ layout and back, which it would save between two of its own layers.
 from __future__ import annotations
 
 import argparse
-import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime
-from onnx import TensorProto, helper, numpy_helper
 
-from shapes import Layer, read_layers  # beside this file
+from one_layer import random_layer  # beside this file
+from shapes import Layer, read_layers
 from tetris_onnx import runtime
-
-
-def random_keep(rng: np.random.Generator, rows: int, columns: int, density: float) -> np.ndarray:
-    """A keep mask with the same number of kept blocks in each row (to one), as near to `density` as the grid allows."""
-    kept = max(1, round(density * rows * columns))
-    keep = np.zeros((rows, columns), bool)
-    for row in range(rows):
-        count = kept * (row + 1) // rows - kept * row // rows
-        keep[row, rng.choice(columns, count, replace=False)] = True
-    return keep
-
-
-def one_node_model(
-    op: str, domain: str, x_shape: Sequence[int], constants: dict[str, np.ndarray], **attributes: object
-) -> bytes:
-    """A model of one node, x -> y, followed by a Relu where the op is onnxruntime's own."""
-    nodes = [helper.make_node(op, ["x", *constants], ["y"], name=op, domain=domain, **attributes)]
-    if not domain:
-        nodes[0].output[0] = "linear"
-        nodes.append(helper.make_node("Relu", ["linear"], ["y"]))
-    graph = helper.make_graph(
-        nodes,
-        "layer",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, x_shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.tetris", 1)]
-    model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=8)
-    return model.SerializeToString()
 
 
 def timer(model: bytes, x: np.ndarray, threads: int) -> tuple[Callable[[], float], np.ndarray]:
@@ -81,46 +49,10 @@ def timer(model: bytes, x: np.ndarray, threads: int) -> tuple[Callable[[], float
 def measure(layer: Layer, arguments: argparse.Namespace) -> tuple[float, float, float]:
     """Density of the grid, median seconds dense, median seconds block-sparse."""
     rng = np.random.default_rng(0)
-    bo, bi = min(arguments.block_size, layer.outputs), min(arguments.block_size, layer.inputs)
-    keep = random_keep(rng, math.ceil(layer.outputs / bo), math.ceil(layer.inputs / bi), arguments.density)
-    index = np.argwhere(keep).astype(np.int64)
-    kernel = (layer.kernel, layer.kernel) if layer.is_conv else ()
-    blocks = rng.standard_normal((len(index), bo, bi, *kernel), dtype=np.float32)
-    bias = rng.standard_normal(layer.outputs, dtype=np.float32)
-    padded = np.zeros((keep.shape[0] * bo, keep.shape[1] * bi, *kernel), np.float32)
-    for block, (row, column) in zip(blocks, index, strict=True):
-        padded[row * bo : (row + 1) * bo, column * bi : (column + 1) * bi] = block
-    dense = padded[: layer.outputs, : layer.inputs]
+    sparse = random_layer(layer, arguments.block_size, arguments.density, rng)
     x = rng.standard_normal((arguments.batch, layer.inputs, *layer.map_size), dtype=np.float32)
-    sparse_constants = {
-        "blocks": blocks,
-        "block_index": index,
-        "input_perm": np.arange(layer.inputs),
-        "output_perm": np.arange(layer.outputs),
-        "bias": bias,
-    }
-    common: dict[str, object] = {"strides": [layer.stride] * 2, "pads": [layer.pad] * 4} if layer.is_conv else {}
-    run_sparse, y_sparse = timer(
-        one_node_model(
-            "BlockSparseConv" if layer.is_conv else "BlockSparseGemm",
-            "ai.tetris",
-            x.shape,
-            sparse_constants,
-            weight_shape=dense.shape,
-            block_size=[bo, bi],
-            activation_min=0.0,
-            **common,
-        ),
-        x,
-        arguments.threads,
-    )
-    run_dense, y_dense = timer(
-        one_node_model("Conv", "", x.shape, {"w": dense, "b": bias}, **common)
-        if layer.is_conv
-        else one_node_model("Gemm", "", x.shape, {"w": dense, "b": bias}, transB=1),
-        x,
-        arguments.threads,
-    )
+    run_sparse, y_sparse = timer(sparse.sparse_model(arguments.batch), x, arguments.threads)
+    run_dense, y_dense = timer(sparse.dense_model(arguments.batch), x, arguments.threads)
     error = np.abs(y_sparse - y_dense).max() / np.abs(y_dense).max()
     if error > 1e-4:
         raise SystemExit(f"{layer.name}: the two outputs differ by {error:.1e} of the largest")
@@ -129,8 +61,7 @@ def measure(layer: Layer, arguments: argparse.Namespace) -> tuple[float, float, 
     while len(times[0]) < 7 or time.perf_counter() < end:
         times[0].append(run_dense())
         times[1].append(run_sparse())
-    density = len(index) * bo * bi / (padded.shape[0] * padded.shape[1])
-    return density, statistics.median(times[0]), statistics.median(times[1])
+    return sparse.density, statistics.median(times[0]), statistics.median(times[1])
 
 
 def main() -> None:
