@@ -5,6 +5,7 @@ model + config -> Plan, and a row per layer that says what was decided and why
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +21,9 @@ from tetris_onnx.algorithms.blocks import block_grid, block_sums, fit_block_size
 from tetris_onnx.algorithms.importance import importance
 from tetris_onnx.algorithms.reorder import BlockPruner, Reordering, reorder
 from tetris_onnx.config import Config, LayerConfig
+from tetris_onnx.cost import LayerShape
 from tetris_onnx.graph import io
-from tetris_onnx.graph.layers import Layer, find_layers
+from tetris_onnx.graph.layers import Layer, conv_window, find_layers
 from tetris_onnx.passes import Pass, fuse_batchnorm, normalize_layers, run_passes
 from tetris_onnx.plan import LayerPlan, Plan, PlanError
 from tetris_onnx.report import LayerReport
@@ -174,6 +176,21 @@ def _judge(layer: Layer, config: Config, first: bool, last: bool) -> Candidate:
         if not reason and not np.isfinite(layer.weight).all():
             reason = "its weight holds NaN or infinite values"
     return Candidate(layer, options, block, first, last, reason)
+
+
+def layer_shape(layer: Layer, samples: int = 1) -> LayerShape | None:
+    """What the time of a layer depends on, for a batch of ``samples``; None where its sizes are not known."""
+    output, data = layer.output.shape, layer.data.shape
+    if output is None or data is None or not all(isinstance(d, int) for d in (*output[1:], *data[1:])):
+        return None
+    out, in_ = layer.weight_shape[:2]
+    if not layer.is_conv:
+        return LayerShape(out, in_, samples=samples * math.prod(output[1:-1]))
+    window = conv_window(layer.node)
+    if window is None:
+        return None
+    kernel, strides, dilations = (tuple(window[name]) for name in ("kernel_shape", "strides", "dilations"))
+    return LayerShape(out, in_, kernel, strides, dilations, tuple(data[2:]), tuple(output[2:]), samples)
 
 
 def free_axes(candidate: Candidate, config: Config) -> tuple[int, ...]:

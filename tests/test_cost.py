@@ -1,0 +1,101 @@
+"""The cost model: its work counts, its promises (monotone, linear, fitted) and plausible built-in coefficients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tetris_onnx.cost import (
+    AVX512,
+    DENSE_WORK,
+    KINDS,
+    SPARSE_WORK,
+    LayerShape,
+    dense_work,
+    fit,
+    predict,
+    predict_dense,
+    sparse_work,
+)
+
+WIDE = LayerShape(64, 32, (3, 3), (1, 1), (1, 1), (14, 14), (14, 14))
+SHAPES = {
+    "wide": WIDE,
+    "strided": LayerShape(64, 32, (3, 3), (2, 2), (1, 1), (28, 28), (14, 14)),
+    "pointwise": LayerShape(64, 32, (1, 1), (1, 1), (1, 1), (14, 14), (14, 14)),
+    "general": LayerShape(64, 32, (5, 5), (1, 1), (1, 1), (14, 14), (14, 14)),
+    "product": LayerShape(64, 32, samples=4),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds(kind: str) -> None:
+    assert SHAPES[kind].kind == kind
+
+
+def test_other_kinds() -> None:
+    assert LayerShape(8, 8, (3,), (1,), (1,), (50,), (50,)).kind == "wide"
+    assert LayerShape(8, 8, (3, 3), (3, 3), (1, 1), (9, 9), (3, 3)).kind == "general"
+    assert LayerShape(8, 8, (3, 3), (1, 1), (2, 2), (9, 9), (5, 5)).kind == "general"
+    assert LayerShape(8, 8, (3, 3, 3), (1, 1, 1), (1, 1, 1), (4, 4, 4), (4, 4, 4)).kind == "general"
+    assert LayerShape(8, 8, (1, 1), (2, 2), (1, 1), (8, 8), (4, 4)).kind == "general"
+
+
+def test_the_work_is_counted() -> None:
+    dense = dict(zip(DENSE_WORK, dense_work(WIDE), strict=True))
+    assert dense["wide"] == WIDE.multiplications == 64 * 32 * 9 * 196
+    assert dense["weights"] == 64 * 32 * 9
+    assert dense["input"] == 32 * 196 and dense["output"] == 64 * 196
+    assert dense["call"] == 1 and dense["pointwise"] == 0
+    # 17 channels are computed as 32.
+    odd = LayerShape(17, 32, (1, 1), (1, 1), (1, 1), (4, 4), (4, 4), samples=3)
+    assert dict(zip(DENSE_WORK, dense_work(odd), strict=True))["pointwise"] == 3 * 32 * 32 * 16
+
+    sparse = dict(zip(SPARSE_WORK, sparse_work(WIDE, 0.25, (32, 32)), strict=True))
+    assert sparse["wide"] == 64 * 32 * 9 * 196 / 4  # 196 = 12 vectors and 4 pixels
+    assert sparse["weights"] == 64 * 32 * 9 / 4
+    assert sparse["panel"] == pytest.approx(32 * 196 * (1 - 0.75**2))
+    # Blocks of 12 rows are a group of 8 and one of 4; 7x7 pixels 3 vectors and 1; 5x5 two vectors.
+    small = LayerShape(24, 8, (1, 1), (1, 1), (1, 1), (5, 5), (5, 5))
+    assert dict(zip(SPARSE_WORK, sparse_work(small, 1.0, (12, 8)), strict=True))["pointwise"] == 24 * 8 * 32
+    assert dict(zip(SPARSE_WORK, sparse_work(small, 1.0, (1, 8)), strict=True))["pointwise"] == 3 * 24 * 8 * 32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_predictions_grow_with_the_density(kind: str) -> None:
+    densities = np.linspace(0, 1, 21)
+    times = predict(SHAPES[kind], densities, (16, 16), AVX512)
+    assert times.shape == (21,)
+    assert (np.diff(times) > 0).all()
+    assert times[7] == float(predict(SHAPES[kind], densities[7], (16, 16), AVX512))
+    assert times[0] >= 1e-9 * AVX512.sparse["call"]
+
+
+def test_large_layers_gain_in_proportion_and_small_ones_do_not() -> None:
+    large = LayerShape(256, 256, (3, 3), (1, 1), (1, 1), (56, 56), (56, 56))
+    dense = predict_dense(large, AVX512)
+    assert 0.009 < dense < 0.02  # 1.85 G multiplications
+    assert 0.9 < 0.25 * dense / predict(large, 0.25, (32, 32), AVX512) < 1.1
+    tiny = LayerShape(32, 32, (1, 1), (1, 1), (1, 1), (1, 1), (1, 1))
+    assert predict(tiny, 0.5, (16, 16), AVX512) > predict_dense(tiny, AVX512)
+
+
+def test_the_fit_finds_the_coefficients_that_made_the_times() -> None:
+    rng = np.random.default_rng(0)
+    truth = np.array([AVX512.sparse[name] for name in SPARSE_WORK])
+    shapes = [
+        LayerShape(o, i, (k, k), (s, s), (1, 1), (n, n), (n // s, n // s), b)
+        for o, i, n, b in rng.choice([16, 32, 64, 128], (40, 4)) // np.array([1, 1, 4, 16])
+        for k, s in ((3, 1), (3, 2), (1, 1), (5, 1))
+    ] + [LayerShape(o, i, samples=n) for o, i, n in rng.choice([16, 64, 1024], (40, 3))]
+    work = np.array([sparse_work(s, d, (16, 16)) for s in shapes for d in (0.1, 0.7)])
+    seconds = 1e-9 * work @ truth
+    found = fit(work, seconds, prior=truth * 3)  # the prior is off, and hardly counts
+    predicted = 1e-9 * work @ found
+    assert np.abs(predicted / seconds - 1).max() < 0.02
+    assert (found >= 0).all()
+    # Where no layer tells, the prior stays.
+    only = work[:8]
+    assert fit(only, seconds[:8], truth)[SPARSE_WORK.index("product")] == pytest.approx(
+        truth[SPARSE_WORK.index("product")]
+    )

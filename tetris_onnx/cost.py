@@ -1,0 +1,197 @@
+"""Predict the time of a layer, dense in onnxruntime and block-sparse in our operators. Numbers and formulas only.
+
+    predict(shape, density, block_size, machine)  -> seconds of the block-sparse operator; density may be an array
+    predict_dense(shape, machine)                 -> seconds of onnxruntime's layer, in its own network
+
+``machine`` comes from `tetris_onnx.machine.load_machine(threads)`, ``shape`` of a model's layer from
+`tetris_onnx.planner.layer_shape`.
+
+Both are sums of work times what a unit of it takes, t = sum_i c_i w_i with c_i >= 0. The work w is counted from the
+shape: a call, multiplications by kind of kernel (as the kernels do them: filled up to whole vectors and row groups),
+weights read, input read or copied, output written. The machine's coefficients c are fitted to measured times by
+non-negative least squares on relative errors (`fit`). Everything is linear, so that a few dozen timed layers
+determine a machine, a prediction costs microseconds, and the block-sparse time can only grow with the density.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+# What a layer's multiplications are: the kernels differ in how fast they do them.
+KINDS = ("wide", "strided", "pointwise", "general", "product")
+DENSE_WORK = ("call", *KINDS, "weights", "input", "output")
+SPARSE_WORK = ("call", *KINDS, "weights", "panel", "input", "output")
+_ROWS = 8  # output channels that the sparse kernel computes at a time
+_FEWEST_ROWS = 3  # below, the multipliers wait for their own results
+_TAIL_PIXELS = 4  # as many at the end of a map are computed without a vector for them
+_LAYOUT_CHANNELS = 16  # onnxruntime's convolutions compute this many channels at a time
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What the time of a layer depends on, but for what is kept of it."""
+
+    outputs: int  # channels
+    inputs: int
+    kernel: tuple[int, ...] = ()  # () for a matrix product
+    strides: tuple[int, ...] = ()
+    dilations: tuple[int, ...] = ()
+    input_size: tuple[int, ...] = ()  # of a channel
+    output_size: tuple[int, ...] = ()
+    samples: int = 1  # images of a batch, or rows of a matrix product
+
+    @property
+    def taps(self) -> int:
+        """Weights per pair of channels."""
+        return math.prod(self.kernel)
+
+    @property
+    def kind(self) -> str:
+        """One of `KINDS`."""
+        if not self.kernel:
+            return "product"
+        if self.taps == 1 and max(self.strides) == 1:
+            return "pointwise"
+        if self.kernel[-1] == 3 and len(self.kernel) < 3 and self.dilations[-1] == 1 and self.strides[-1] <= 2:
+            return "strided" if max(self.strides) > 1 else "wide"
+        return "general"
+
+    @property
+    def multiplications(self) -> int:
+        """Of the dense layer."""
+        return self.samples * self.outputs * self.inputs * self.taps * math.prod(self.output_size)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The coefficients of a machine: nanoseconds per unit of work, at one number of threads."""
+
+    name: str
+    lanes: int  # float32 values of a vector register
+    threads: int
+    dense: Mapping[str, float]  # by DENSE_WORK
+    sparse: Mapping[str, float]  # by SPARSE_WORK
+
+
+# AMD EPYC of the Zen 5 generation at 4 GHz, onnxruntime 1.31, one thread.
+AVX512 = Machine(
+    name="avx512",
+    lanes=16,
+    threads=1,
+    dense={
+        "call": 4000.0,
+        "wide": 0.0082,
+        "strided": 0.0085,
+        "pointwise": 0.0078,
+        "general": 0.0079,
+        "product": 0.0083,
+        "weights": 0.071,
+        "input": 0.012,
+        "output": 0.049,
+    },
+    sparse={
+        "call": 4900.0,
+        "wide": 0.0078,
+        "strided": 0.0096,
+        "pointwise": 0.0087,
+        "general": 0.0090,
+        "product": 0.0128,
+        "weights": 0.106,
+        "panel": 0.102,
+        "input": 0.006,
+        "output": 0.069,
+    },
+)
+
+
+def sparse_work(
+    shape: LayerShape, density: ArrayLike, block_size: tuple[int, int], lanes: int = 16
+) -> NDArray[np.float64]:
+    """The work of the block-sparse operator, [..., len(SPARSE_WORK)] for densities [...]."""
+    kept = np.asarray(density, np.float64)
+    rows = min(block_size[0], shape.outputs)
+    work = dict.fromkeys(SPARSE_WORK, np.zeros_like(kept))
+    work["call"] = np.ones_like(kept)
+    weights = kept * (shape.outputs * shape.inputs * shape.taps)
+    work["weights"] = weights
+    # The share of input channels that some kept block reads, of blocks kept at random.
+    used = 1.0 - (1.0 - kept) ** math.ceil(shape.outputs / rows)
+    pixels, read = math.prod(shape.output_size), math.prod(shape.input_size)
+    if shape.kind == "product":
+        vectors = _fill(rows, lanes) / rows
+        work["product"] = weights * shape.samples * vectors
+        work["input"] = np.full_like(kept, shape.samples * shape.inputs)
+    else:
+        work[shape.kind] = weights * shape.samples * _row_groups(rows) / rows * _whole_vectors(pixels, lanes)
+        work["panel" if shape.kind != "pointwise" else "input"] = used * (
+            shape.samples * shape.inputs * (read if shape.kind in ("wide", "strided") else pixels * shape.taps)
+        )
+    work["output"] = np.full_like(kept, shape.samples * shape.outputs * pixels)
+    return np.stack([work[name] for name in SPARSE_WORK], axis=-1)
+
+
+def dense_work(shape: LayerShape, lanes: int = 16) -> NDArray[np.float64]:
+    """The work of onnxruntime's layer, [len(DENSE_WORK)]."""
+    work = dict.fromkeys(DENSE_WORK, 0.0)
+    work["call"] = 1.0
+    outputs = shape.outputs if shape.kind == "product" else _fill(shape.outputs, min(lanes, _LAYOUT_CHANNELS))
+    work[shape.kind] = shape.multiplications / shape.outputs * outputs
+    work["weights"] = shape.outputs * shape.inputs * shape.taps
+    work["input"] = shape.samples * shape.inputs * math.prod(shape.input_size)
+    work["output"] = shape.samples * shape.outputs * math.prod(shape.output_size)
+    return np.array([work[name] for name in DENSE_WORK])
+
+
+def predict(
+    shape: LayerShape, density: ArrayLike, block_size: tuple[int, int], machine: Machine
+) -> NDArray[np.float64]:
+    """Seconds of the block-sparse layer for each density; never less for a higher one."""
+    coefficients = np.array([machine.sparse[name] for name in SPARSE_WORK])
+    return 1e-9 * (sparse_work(shape, density, block_size, machine.lanes) @ coefficients)
+
+
+def predict_dense(shape: LayerShape, machine: Machine) -> float:
+    """Seconds of the dense layer in onnxruntime, between layers of its own layout."""
+    coefficients = np.array([machine.dense[name] for name in DENSE_WORK])
+    return 1e-9 * float(dense_work(shape, machine.lanes) @ coefficients)
+
+
+def fit(work: NDArray[np.float64], seconds: NDArray[np.float64], prior: Sequence[float]) -> NDArray[np.float64]:
+    """Coefficients >= 0 [w] with the least squares of relative errors, for ``work`` [layers, w] that took ``seconds``.
+
+    ``prior``: what a coefficient is where the layers do not tell (it counts as a hundredth of a layer).
+    """
+    from scipy.optimize import nnls
+
+    scale = np.asarray(prior, np.float64)
+    matrix = 1e-9 * work / seconds[:, None] * scale
+    damping = 0.1 * np.eye(len(scale))
+    found, _ = nnls(np.vstack([matrix, damping]), np.concatenate([np.ones(len(work)), np.diag(damping)]))
+    return found * scale
+
+
+def _fill(n: int, size: int) -> int:
+    return -(-n // size) * size
+
+
+def _row_groups(rows: int) -> int:
+    """What the rows of a block cost, in rows of a full group: groups of 8, 4, 2 and 1."""
+    total = 0
+    while rows > 0:
+        group = _ROWS
+        while group > 1 and group // 2 >= rows:
+            group //= 2
+        total += max(group, _FEWEST_ROWS)
+        rows -= group
+    return total
+
+
+def _whole_vectors(pixels: int, lanes: int) -> int:
+    """Pixels that are computed for a map of ``pixels``."""
+    tail = pixels % lanes
+    return pixels if tail <= _TAIL_PIXELS else pixels - tail + lanes
