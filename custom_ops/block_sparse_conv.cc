@@ -11,12 +11,19 @@ size_t place(size_t dimension, size_t rank) { return rank == 2 ? 2 * dimension :
 
 }  // namespace
 
-ConvNode::ConvNode(const NodeReader& node) : where_(node.where()), weight_shape_(node.ints("weight_shape")) {
+ConvNode::ConvNode(const NodeReader& node, bool pooled)
+    : where_(node.where()), pooled_(pooled), weight_shape_(node.ints("weight_shape")) {
   const std::vector<int64_t>& shape = weight_shape_;
   if (shape.size() < 3 || shape.size() > 5) {
     node.fail("attribute weight_shape is " + to_string(shape) + ", expected [M, C, K1..Kk] with k = 1, 2 or 3");
   }
   const size_t rank = spatial_rank();
+  if (pooled) {
+    if (rank != 2) node.fail("attribute weight_shape is " + to_string(shape) + ", expected [M, C, K1, K2]");
+    if (node.ints("pool_shape") != std::vector<int64_t>{2, 2}) {
+      node.fail("attribute pool_shape is " + to_string(node.ints("pool_shape")) + ", only [2, 2] is supported");
+    }
+  }
 
   // `per_dimension` values for each spatial dimension, from `least` on.
   auto read = [&](const char* name, size_t per_dimension, int64_t least, int64_t otherwise) {
@@ -76,7 +83,7 @@ ConvNode::Sizes ConvNode::sizes(const std::vector<int64_t>& shape) const {
   sizes.output = conv_output_size(attributes_, sizes.input);
   int64_t elements = checked_product(shape[0], weight_shape_[0]);
   for (size_t d = 0; d < rank; ++d) {
-    const int64_t dimension = sizes.output[place(d, rank)];
+    const int64_t dimension = sizes.output[place(d, rank)] / (pooled_ ? 2 : 1);
     if (dimension < 1) {
       throw std::invalid_argument(input + ", too small for the kernel: output dimension " + std::to_string(2 + d) +
                                   " would be empty");
@@ -87,7 +94,7 @@ ConvNode::Sizes ConvNode::sizes(const std::vector<int64_t>& shape) const {
   return sizes;
 }
 
-void ConvNode::infer_shape(const ShapeInference& inference) {
+void ConvNode::infer_shape(const ShapeInference& inference, bool pooled) {
   const std::vector<int64_t> weight = inference.ints("weight_shape");
   const std::vector<Dimension> input = inference.input_shape(kX);
   if (weight.size() < 3 || weight.size() > 5 || input.size() != weight.size()) return;  // creation reports it
@@ -112,8 +119,8 @@ void ConvNode::infer_shape(const ShapeInference& inference) {
     const Dimension& in = input[2 + d];
     if (in.known()) {
       if (in.value + grow < 0) return;
-      output.push_back(Dimension::of((in.value + grow) / strides[d] + 1));
-    } else if (grow == -1 && strides[d] == 1) {
+      output.push_back(Dimension::of(((in.value + grow) / strides[d] + 1) / (pooled ? 2 : 1)));
+    } else if (grow == -1 && strides[d] == 1 && !pooled) {
       output.push_back(in);
     } else {
       output.push_back(Dimension::unknown());
@@ -122,14 +129,12 @@ void ConvNode::infer_shape(const ShapeInference& inference) {
   inference.set_output_shape(output, kX);
 }
 
-BlockSparseConv::BlockSparseConv(const ort::Api& api, const ort::KernelInfo* info)
-    : BlockSparseConv(api, NodeReader(api, info, kName)) {}
-
-BlockSparseConv::BlockSparseConv(const ort::Api& api, const NodeReader& node) : api_(api), node_(node) {
+template <Fused F>
+ConvOp<F>::ConvOp(const ort::Api& api, const NodeReader& node) : api_(api), node_(node, F == Fused::kMaxPool) {
   const Activation activation = node.activation();
   const BlockSparseWeight weight = node.weight(node_.weight_shape());
   try {
-    kernel_ = std::make_unique<ConvKernel>(node_.attributes(), weight, activation, select_kernels());
+    kernel_ = std::make_unique<ConvKernel>(node_.attributes(), weight, activation, select_kernels(), F);
   } catch (const std::logic_error& error) {
     node.fail(error.what());
   } catch (const std::runtime_error& error) {
@@ -137,12 +142,26 @@ BlockSparseConv::BlockSparseConv(const ort::Api& api, const NodeReader& node) : 
   }
 }
 
-void BlockSparseConv::compute(ort::KernelContext* context) const {
+template <Fused F>
+void ConvOp<F>::compute(ort::KernelContext* context) const {
   std::vector<int64_t> shape;
   const auto* x = static_cast<const float*>(input_data(api_, context, kX, &shape));
   const ConvNode::Sizes sizes = node_.sizes(shape);
+  const float* addend = nullptr;
+  if constexpr (F == Fused::kAdd) {
+    std::vector<int64_t> addend_shape;
+    addend = static_cast<const float*>(input_data(api_, context, kAddend, &addend_shape));
+    if (addend_shape != sizes.output_shape) {
+      throw std::invalid_argument(node_.where() + ": input 'addend' has shape " + to_string(addend_shape) +
+                                  ", expected Y's: " + to_string(sizes.output_shape));
+    }
+  }
   auto* y = static_cast<float*>(output_data(api_, context, sizes.output_shape));
-  kernel_->run(x, shape[0], sizes.input, y, SessionThreads(api_, context));
+  kernel_->run(x, addend, shape[0], sizes.input, y, SessionThreads(api_, context));
 }
+
+template class ConvOp<Fused::kNothing>;
+template class ConvOp<Fused::kAdd>;
+template class ConvOp<Fused::kMaxPool>;
 
 }  // namespace tetris

@@ -1,4 +1,5 @@
-// BlockSparseConv as onnxruntime sees it: attributes, checks, errors. The arithmetic is in cpu/conv.h.
+// BlockSparseConv, BlockSparseConvAdd and BlockSparseConvMaxPool as onnxruntime sees them: attributes, checks, errors. The
+// arithmetic is in cpu/conv.h.
 #pragma once
 
 #include <memory>
@@ -14,40 +15,52 @@ namespace tetris {
 // What a node says about the convolution: read and checked once, the same for every kind of kernel.
 class ConvNode {
  public:
-  explicit ConvNode(const NodeReader& node);
+  // `pooled`: the convolution is followed by a MaxPool, of attribute pool_shape.
+  explicit ConvNode(const NodeReader& node, bool pooled = false);
 
+  const std::string& where() const { return where_; }
   const std::vector<int64_t>& weight_shape() const { return weight_shape_; }
   const ConvAttributes& attributes() const { return attributes_; }
   size_t spatial_rank() const { return weight_shape_.size() - 2; }
-  // Checks an input's shape; the sizes of its spatial dimensions, and of the output's.
+  // Checks an input's shape; the sizes of its spatial dimensions, and of the convolution's output; the shape of Y.
   struct Sizes {
     Spatial input, output;
     std::vector<int64_t> output_shape;
   };
   Sizes sizes(const std::vector<int64_t>& input_shape) const;
 
-  static void infer_shape(const ShapeInference& inference);
+  static void infer_shape(const ShapeInference& inference, bool pooled = false);
 
  private:
   std::string where_;
+  bool pooled_;
   std::vector<int64_t> weight_shape_;
   ConvAttributes attributes_;
 };
 
-class BlockSparseConv {
+// The ops of a convolution on the CPU: alone, and with what follows it.
+template <Fused F>
+class ConvOp {
  public:
-  static constexpr const char* kName = "BlockSparseConv";
+  static constexpr const char* kName = F == Fused::kAdd       ? "BlockSparseConvAdd"
+                                       : F == Fused::kMaxPool ? "BlockSparseConvMaxPool"
+                                                              : "BlockSparseConv";
+  static constexpr size_t kInputs = (F == Fused::kAdd ? kAddend : kBias) + 1;
 
-  BlockSparseConv(const ort::Api& api, const ort::KernelInfo* info);
+  ConvOp(const ort::Api& api, const ort::KernelInfo* info) : ConvOp(api, NodeReader(api, info, kName)) {}
   void compute(ort::KernelContext* context) const;
-  static void infer_shape(const ShapeInference& inference) { ConvNode::infer_shape(inference); }
+  static void infer_shape(const ShapeInference& inference) { ConvNode::infer_shape(inference, F == Fused::kMaxPool); }
 
  private:
-  BlockSparseConv(const ort::Api& api, const NodeReader& node);
+  ConvOp(const ort::Api& api, const NodeReader& node);
 
   const ort::Api& api_;
   ConvNode node_;
   std::unique_ptr<ConvKernel> kernel_;
 };
+
+using BlockSparseConv = ConvOp<Fused::kNothing>;
+using BlockSparseConvAdd = ConvOp<Fused::kAdd>;
+using BlockSparseConvMaxPool = ConvOp<Fused::kMaxPool>;
 
 }  // namespace tetris

@@ -30,6 +30,7 @@ class GemmNode {
 class BlockSparseGemm {
  public:
   static constexpr const char* kName = "BlockSparseGemm";
+  static constexpr size_t kInputs = kBias + 1;
 
   BlockSparseGemm(const ort::Api& api, const ort::KernelInfo* info);
   void compute(ort::KernelContext* context) const;

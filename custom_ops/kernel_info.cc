@@ -64,7 +64,7 @@ std::vector<int64_t> tensor_shape(const ort::Api& api, const ort::Value* value) 
 
 const char* input_name(size_t input) {
   static constexpr const char* kNames[kInputCount] = {"X",          "blocks",      "block_index",
-                                                      "input_perm", "output_perm", "bias"};
+                                                      "input_perm", "output_perm", "bias", "addend"};
   return kNames[input];
 }
 
@@ -202,7 +202,7 @@ const int64_t* NodeReader::permutation(size_t input, int64_t size, const char* o
 BlockSparseWeight NodeReader::weight(const std::vector<int64_t>& shape) const {
   size_t count = 0;
   check(api_, api_.KernelInfo_GetInputCount(info_, &count));
-  if (count < kBias) fail("has " + std::to_string(count) + " inputs, expected 5 or 6");
+  if (count < kBias) fail("has " + std::to_string(count) + " inputs, expected at least 5");
 
   const std::vector<int64_t> block_size = ints("block_size");
   if (block_size.size() != 2) {

@@ -35,8 +35,9 @@ std::string to_string(const std::vector<int64_t>& dims);  // "[1, 2, 3]"
 
 std::vector<int64_t> tensor_shape(const ort::Api& api, const ort::Value* value);
 
-// The inputs of both ops, in order, by the names that the specification (README.md) gives them.
-enum Input : size_t { kX, kBlocks, kBlockIndex, kInputPerm, kOutputPerm, kBias, kInputCount };
+// The inputs of the ops, in order, by the names that the specification (README.md) gives them. The last is one of
+// BlockSparseConvAdd only.
+enum Input : size_t { kX, kBlocks, kBlockIndex, kInputPerm, kOutputPerm, kBias, kAddend, kInputCount };
 const char* input_name(size_t input);
 ort::ElementType input_type(size_t input, ort::ElementType element);
 

@@ -50,16 +50,28 @@ class OpDescription : public ort::CustomOp {
     GetName = [](const ort::CustomOp*) { return Op::kName; };
     GetExecutionProviderType = [](const ort::CustomOp*) -> const char* { return Target::kProvider; };
     GetInputType = [](const ort::CustomOp*, size_t input) { return input_type(input, Target::kElement); };
-    GetInputTypeCount = [](const ort::CustomOp*) -> size_t { return kInputCount; };
+    GetInputTypeCount = [](const ort::CustomOp*) -> size_t { return Op::kInputs; };
     GetOutputType = [](const ort::CustomOp*, size_t) { return Target::kElement; };
     GetOutputTypeCount = [](const ort::CustomOp*) -> size_t { return 1; };
     GetInputCharacteristic = [](const ort::CustomOp*, size_t input) {
-      return input == kBias ? ort::kOptional : ort::kRequired;
+      return input == kBias && Op::kInputs == kBias + 1 ? ort::kOptional : ort::kRequired;
     };
     GetOutputCharacteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
     GetInputMemoryType = [](const ort::CustomOp*, size_t input) {
-      return input == kX ? ort::kDefaultMemory : Target::kWeightMemory;
+      return input == kX || input == kAddend ? ort::kDefaultMemory : Target::kWeightMemory;
     };
+    if constexpr (Op::kInputs > kAddend) {
+      // Y may take the addend's memory, where nothing else reads it afterwards.
+      GetMayInplace = [](int** inputs, int** outputs) -> size_t {
+        *inputs = new int{kAddend};
+        *outputs = new int{0};
+        return 1;
+      };
+      ReleaseMayInplace = [](int* inputs, int* outputs) {
+        delete inputs;
+        delete outputs;
+      };
+    }
     GetStartVersion = [](const ort::CustomOp*) { return 1; };
     GetEndVersion = [](const ort::CustomOp*) { return INT32_MAX; };
     CreateKernelV2 = [](const ort::CustomOp* op, const void*, const ort::KernelInfo* info, void** kernel) {
@@ -95,6 +107,8 @@ class OpDescription : public ort::CustomOp {
 struct Library {
   ort::Api api;
   OpDescription<BlockSparseConv, Cpu> conv{api};
+  OpDescription<BlockSparseConvAdd, Cpu> conv_add{api};
+  OpDescription<BlockSparseConvMaxPool, Cpu> conv_max_pool{api};
   OpDescription<BlockSparseGemm, Cpu> gemm{api};
 #if defined(TETRIS_CUDA)
   OpDescription<cuda::BlockSparseConv, Cuda<ort::kFloat>> cuda_conv{api};
@@ -113,7 +127,7 @@ struct Library {
         &cuda_conv, &cuda_conv_f16, &cuda_conv_bf16, &cuda_gemm, &cuda_gemm_f16, &cuda_gemm_bf16,
 #endif
 #if !defined(TETRIS_WITHOUT_CPU)
-        &conv, &gemm,
+        &conv, &conv_add, &conv_max_pool, &gemm,
 #endif
     };
     for (const ort::CustomOp* op : ops) check(api, api.CustomOpDomain_Add(domain, op));

@@ -96,6 +96,58 @@ def block_sparse_conv(
     return np.clip(y, activation_min, activation_max)
 
 
+def block_sparse_conv_add(
+    x: FloatArray,
+    blocks: FloatArray,
+    block_index: IntArray,
+    input_perm: IntArray,
+    output_perm: IntArray,
+    bias: FloatArray | None,
+    addend: FloatArray,
+    *,
+    weight_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    dilations: Sequence[int] | None = None,
+    activation_min: float = -math.inf,
+    activation_max: float = math.inf,
+) -> FloatArray:
+    """Op BlockSparseConvAdd (see custom_ops/README.md) in float64: addend has the shape of the output."""
+    weight = dense_weight(blocks, block_index, input_perm, output_perm, weight_shape)
+    y = conv(x, weight, bias, strides=strides, pads=pads, dilations=dilations)
+    return np.clip(y + addend, activation_min, activation_max)
+
+
+def max_pool(x: FloatArray, shape: Sequence[int]) -> FloatArray:
+    """Largest values of x [N, C, D1..Dk] in windows of ``shape``, one beside the other; NaN where one has a NaN."""
+    size = [d // s for d, s in zip(x.shape[2:], shape, strict=True)]
+    cut = x[(..., *(slice(n * s) for n, s in zip(size, shape, strict=True)))]
+    windows = cut.reshape(*x.shape[:2], *(d for pair in zip(size, shape, strict=True) for d in pair))
+    return windows.max(axis=tuple(range(3, windows.ndim, 2)))  # numpy's max gives NaN where there is one
+
+
+def block_sparse_conv_max_pool(
+    x: FloatArray,
+    blocks: FloatArray,
+    block_index: IntArray,
+    input_perm: IntArray,
+    output_perm: IntArray,
+    bias: FloatArray | None = None,
+    *,
+    weight_shape: Sequence[int],
+    pool_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    pads: Sequence[int] | None = None,
+    dilations: Sequence[int] | None = None,
+    activation_min: float = -math.inf,
+    activation_max: float = math.inf,
+) -> FloatArray:
+    """Op BlockSparseConvMaxPool (see custom_ops/README.md) in float64."""
+    weight = dense_weight(blocks, block_index, input_perm, output_perm, weight_shape)
+    y = conv(x, weight, bias, strides=strides, pads=pads, dilations=dilations)
+    return max_pool(np.clip(y, activation_min, activation_max), pool_shape)
+
+
 def block_sparse_gemm(
     x: FloatArray,
     blocks: FloatArray,

@@ -62,9 +62,10 @@ class Buffer {
   size_t size_ = 0;
 };
 
-// At least `count` floats of the calling thread's scratch memory, valid until its next call. It grows to the largest
-// request and is freed when the thread ends, so that a run after the first allocates nothing.
-inline float* thread_scratch(size_t count) {
+// At least `count` floats of the calling thread's scratch memory, valid until its next call for the same use (a tag type).
+// It grows to the largest request and is freed when the thread ends, so that a run after the first allocates nothing.
+template <class Use>
+float* thread_scratch(size_t count) {
   static thread_local Buffer buffer;
   if (buffer.size() < count) {
     buffer = Buffer();

@@ -19,6 +19,9 @@ constexpr int64_t kItemsPerThread = 4;
 constexpr size_t kMaxPlans = 8;
 // Floats after the packed weights that prefetches may name.
 constexpr size_t kPrefetchPadding = 8192;
+// A pooled convolution keeps a band, an even number of rows, of this many channels' maps in the cache until it is pooled.
+constexpr size_t kBandGroups = 4;  // groups of channels computed together
+constexpr int64_t kBandPixels = 2048;
 // Floats after the packed bias that a vector of rows may touch (and ignore).
 constexpr size_t kBiasPadding = 16;
 
@@ -47,10 +50,11 @@ Spatial conv_output_size(const ConvAttributes& a, const Spatial& input) {
 }
 
 ConvKernel::ConvKernel(const ConvAttributes& attributes, const BlockSparseWeight& weight, Activation activation,
-                       const KernelSet& kernels)
+                       const KernelSet& kernels, Fused fused)
     : attributes_(attributes),
       activation_(activation),
       kernels_(kernels),
+      fused_(fused),
       inputs_(weight.inputs),
       outputs_(weight.outputs),
       taps_(weight.taps),
@@ -128,12 +132,18 @@ ConvKernel::~ConvKernel() = default;
 struct ConvKernel::Plan {
   struct Tile {
     int64_t source, pixel;  // offsets into the source's channel and the output's
+    int64_t target;         // where it is stored in its channel: of the output, or of the band
     int vectors, last_lanes;
     TapMode mode;
     size_t masks;
   };
   struct Strip {
     int64_t first_row, rows;  // of the output, along the outer dimension (panels only)
+    size_t tile_begin, tile_end;
+    size_t band_begin, band_end;  // pooled only
+  };
+  struct Band {
+    int64_t pooled_row, pooled_rows;
     size_t tile_begin, tile_end;
   };
   struct Phase {
@@ -150,6 +160,7 @@ struct ConvKernel::Plan {
 
   Spatial input, output;
   int64_t input_plane, output_plane;
+  int64_t result_plane;  // of Y: smaller than output_plane where it is pooled
   bool pointwise, direct, side_masked;
   std::vector<Tile> tiles;
   std::vector<uint32_t> masks;
@@ -157,6 +168,10 @@ struct ConvKernel::Plan {
   std::vector<int64_t> channel_offset;  // of each packed column
   std::vector<int64_t> tap_offset;
   std::vector<int64_t> row_offset;  // of each reordered row's output channel
+  // Pooled only: the bands, how many rows of the map each has, and the distance of the channels in one.
+  std::vector<Band> bands;
+  int64_t band_rows = 0, band_stride = 0;
+  std::vector<int64_t> band_offset;  // of each reordered row in its band
   // Panels only.
   std::vector<Phase> phases;
   std::vector<InnerTap> inner_taps;
@@ -190,9 +205,26 @@ std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& inp
   plan.input = input;
   plan.output = conv_output_size(a, input);
   plan.input_plane = volume(input);
+  if (fused_ == Fused::kMaxPool) plan.output[0] -= plan.output[0] % 2;  // an odd last row is not needed
   plan.output_plane = volume(plan.output);
-  for (const int64_t channel : output_perm_) plan.row_offset.push_back(channel * plan.output_plane);
-  if (plan.output_plane == 0) return owner;
+  plan.result_plane = fused_ == Fused::kMaxPool ? plan.output[0] / 2 * (plan.output[2] / 2) : plan.output_plane;
+  for (const int64_t channel : output_perm_) plan.row_offset.push_back(channel * plan.result_plane);
+  if (plan.result_plane == 0) return owner;
+  if (fused_ == Fused::kMaxPool) {
+    plan.band_rows = choose_band_rows(plan.output[0], plan.output[2]);
+    // Whole cache lines, and not a multiple of 512 bytes, as the panel's channels.
+    plan.band_stride = ceil_div(plan.band_rows * plan.output[2], 16) * 16;
+    if (plan.band_stride % 128 == 0) plan.band_stride += 16;
+    plan.band_offset.resize(output_perm_.size());
+    for (const BlockRow& block_row : block_rows_) {
+      for (size_t g = block_row.group_begin; g < block_row.group_end; ++g) {
+        const int64_t first = static_cast<int64_t>((g - block_row.group_begin) % kBandGroups) * kernels_.conv_rows;
+        for (int k = 0; k < groups_[g].valid_rows; ++k) {
+          plan.band_offset[static_cast<size_t>(groups_[g].row + k)] = (first + k) * plan.band_stride;
+        }
+      }
+    }
+  }
 
   plan.pointwise = taps_ == 1 && a.strides == Spatial{1, 1, 1} && a.pads_begin == Spatial{0, 0, 0} &&
                    a.pads_end == Spatial{0, 0, 0};
@@ -218,7 +250,8 @@ void ConvKernel::read_in_place(Plan& plan) const {
   }
   for (const int64_t c : channel_) plan.channel_offset.push_back(c * plan.input_plane);
   // An even number of strips: an odd one leaves one of two threads idle at the end.
-  const int64_t tile_pixels = kernels_.conv_vectors * kernels_.lanes;
+  const int64_t tile_pixels =
+      plan.band_rows > 0 ? plan.band_rows * plan.output[2] : kernels_.conv_vectors * kernels_.lanes;
   const int64_t input_bytes = static_cast<int64_t>(used_.size()) * plan.input_plane * 4;
   const int64_t tiles = ceil_div(plan.output_plane, tile_pixels);
   int64_t strips = input_bytes <= kWholeBytes ? 1 : ceil_div(input_bytes, 2 * kStripBytes) * 2;
@@ -264,7 +297,8 @@ void ConvKernel::read_from_panel(Plan& plan) const {
     const int64_t rows = std::max<int64_t>(1, kStripBytes / row_bytes);
     strips = ceil_div(total_rows, rows);
   }
-  const int64_t strip_rows = ceil_div(total_rows, strips);
+  int64_t strip_rows = ceil_div(total_rows, strips);
+  if (plan.band_rows > 0) strip_rows = strips == 1 ? total_rows : ceil_div(strip_rows, plan.band_rows) * plan.band_rows;
   int64_t offset = 0;
   for (Plan::Phase& phase : plan.phases) {
     phase.offset = offset;
@@ -305,13 +339,30 @@ void ConvKernel::read_from_panel(Plan& plan) const {
   }
 }
 
-// Adds the tiles of `pixels` output pixels that begin at `pixel`, and the strip they make.
+// Adds the strip of `pixels` output pixels that begin at `pixel`, and its tiles.
 void ConvKernel::add_strip(Plan& plan, int64_t first_row, int64_t rows, int64_t pixel, int64_t pixels) const {
-  const int64_t lanes = kernels_.lanes;
-  const size_t begin = plan.tiles.size();
+  const size_t begin = plan.tiles.size(), band_begin = plan.bands.size();
   const int64_t source = plan.direct ? pixel : 0;
-  // In place, only a pointwise kernel finds each tap of the last pixels inside the input.
-  int64_t tail = plan.direct && !plan.pointwise ? 0 : pixels % lanes;
+  const int64_t width = plan.output[2];
+  const int64_t most = plan.band_rows > 0 ? plan.band_rows * width : pixels;
+  for (int64_t done = 0; done < pixels; done += most) {
+    const int64_t count = std::min(most, pixels - done);
+    const size_t first_tile = plan.tiles.size();
+    add_tiles(plan, source + done, pixel + done, count, done + count == pixels);
+    if (plan.band_rows > 0) {
+      plan.bands.push_back({(pixel + done) / width / 2, count / width / 2, first_tile, plan.tiles.size()});
+    }
+  }
+  plan.strips.push_back({first_row, rows, begin, plan.tiles.size(), band_begin, plan.bands.size()});
+}
+
+// Adds the tiles of `pixels` output pixels, the last of a strip or not.
+void ConvKernel::add_tiles(Plan& plan, int64_t source, int64_t pixel, int64_t pixels, bool last_of_strip) const {
+  const int64_t lanes = kernels_.lanes;
+  const int64_t target = plan.band_rows > 0 ? 0 : pixel;
+  // In place, only a pointwise kernel finds each tap of the last pixels inside the input; the panel has room for the
+  // taps of one tail.
+  int64_t tail = (plan.direct && !plan.pointwise) || !last_of_strip ? 0 : pixels % lanes;
   if (tail > kernels_.tail_pixels) tail = 0;
   for (int64_t done = 0; done < pixels - tail;) {
     // Three vectors at a time; four are two and two, as one vector alone keeps the multipliers waiting for loads.
@@ -319,15 +370,25 @@ void ConvKernel::add_strip(Plan& plan, int64_t first_row, int64_t rows, int64_t 
     const int64_t most = kernels_.conv_vectors;
     const int64_t vectors = left == most + 1 ? ceil_div(left, 2) : std::min(left, most);
     const int64_t last = std::min(lanes, pixels - tail - done - (vectors - 1) * lanes);
-    plan.tiles.push_back({source + done, pixel + done, static_cast<int>(vectors), static_cast<int>(last),
-                          TapMode::kPlain, 0});
+    plan.tiles.push_back({source + done, pixel + done, target + done, static_cast<int>(vectors),
+                          static_cast<int>(last), TapMode::kPlain, 0});
     done += vectors * lanes;
   }
   if (tail > 0) {
     const int64_t done = pixels - tail;
-    plan.tiles.push_back({source + done, pixel + done, 0, static_cast<int>(tail), TapMode::kTail, 0});
+    plan.tiles.push_back({source + done, pixel + done, target + done, 0, static_cast<int>(tail), TapMode::kTail, 0});
   }
-  plan.strips.push_back({first_row, rows, begin, plan.tiles.size()});
+}
+
+// How many rows of a map a band has: an even number whose pixels fill the tiles, of little memory.
+int64_t ConvKernel::choose_band_rows(int64_t rows, int64_t width) const {
+  const int64_t tile = kernels_.conv_vectors * kernels_.lanes;
+  int64_t best = 2, fewest = INT64_MAX;
+  for (int64_t band = 2; band <= rows && (band == 2 || band * width <= kBandPixels); band += 2) {
+    const int64_t tiles = rows / band * ceil_div(band * width, tile) + ceil_div(rows % band * width, tile);
+    if (tiles < fewest) best = band, fewest = tiles;
+  }
+  return best;
 }
 
 // A tap of an output pixel counts where it lies inside the input, and a lane where its pixel exists.
@@ -380,7 +441,7 @@ void ConvKernel::add_masks(Plan& plan) const {
 struct ConvKernel::Work {
   const ConvKernel& kernel;
   const Plan& plan;
-  const float* x;
+  const float *x, *addend;
   float* y;
   int64_t groups = 1, prepare_items = 0, compute_items = 0;
   int64_t stages = 0, parts = 1, row_items = 1;
@@ -404,25 +465,57 @@ struct ConvKernel::Work {
     if (!plan.direct) {
       float* panel = panels;
       if (panel == nullptr) {
-        panel = thread_scratch(static_cast<size_t>(plan.panel_size));
+        panel = thread_scratch<Work>(static_cast<size_t>(plan.panel_size));
         fill_panel(stage, panel, 0, static_cast<int64_t>(kernel.used_.size()));
       } else {
         panel += stage * plan.panel_size;
       }
       source = panel + kPanelSlack;
     }
-    const int64_t tiles = static_cast<int64_t>(strip.tile_end - strip.tile_begin);
-    const size_t begin = strip.tile_begin + static_cast<size_t>(tiles * part / parts);
-    const size_t end = strip.tile_begin + static_cast<size_t>(tiles * (part + 1) / parts);
-    float* to = y + image * kernel.outputs_ * plan.output_plane;
-    if (row_items == 1) {
-      for (const BlockRow& block_row : kernel.block_rows_) run_tiles(block_row, source, to, begin, end);
-    } else {
-      run_tiles(kernel.block_rows_[kernel.heaviest_first_[static_cast<size_t>(row_item)]], source, to, begin, end);
+    const bool pooled = plan.band_rows > 0;
+    const size_t first = pooled ? strip.band_begin : strip.tile_begin;
+    const int64_t count = static_cast<int64_t>((pooled ? strip.band_end : strip.tile_end) - first);
+    const size_t begin = first + static_cast<size_t>(count * part / parts);
+    const size_t end = first + static_cast<size_t>(count * (part + 1) / parts);
+    const int64_t offset = image * kernel.outputs_ * plan.result_plane;
+    const size_t rows = row_items == 1 ? kernel.block_rows_.size() : 1;
+    for (size_t i = 0; i < rows; ++i) {
+      const BlockRow& block_row =
+          kernel.block_rows_[row_items == 1 ? i : kernel.heaviest_first_[static_cast<size_t>(row_item)]];
+      if (pooled) {
+        run_bands(block_row, source, y + offset, begin, end);
+      } else {
+        run_tiles(block_row, block_row.group_begin, block_row.group_end, source, y + offset,
+                  addend == nullptr ? nullptr : addend + offset, plan.row_offset.data(), begin, end);
+      }
     }
   }
 
-  void run_tiles(const BlockRow& block_row, const float* source, float* to, size_t begin, size_t end) const {
+  // Bands [begin, end) of a block row's maps: computed into scratch memory, then pooled into `to`.
+  void run_bands(const BlockRow& block_row, const float* source, float* to, size_t begin, size_t end) const {
+    const int64_t width = plan.output[2];
+    const int64_t channels = static_cast<int64_t>(kBandGroups) * kernel.kernels_.conv_rows;
+    float* band_data = thread_scratch<Plan::Band>(static_cast<size_t>(checked_product(channels, plan.band_stride)));
+    for (size_t b = begin; b < end; ++b) {
+      const Plan::Band& band = plan.bands[b];
+      for (size_t g = block_row.group_begin; g < block_row.group_end; g += kBandGroups) {
+        const size_t last = std::min(g + kBandGroups, block_row.group_end);
+        run_tiles(block_row, g, last, source, band_data, nullptr, plan.band_offset.data(), band.tile_begin,
+                  band.tile_end);
+        const int64_t row_end = kernel.groups_[last - 1].row + kernel.groups_[last - 1].valid_rows;
+        for (int64_t row = kernel.groups_[g].row; row < row_end; ++row) {
+          const size_t r = static_cast<size_t>(row);
+          kernel.kernels_.pool_rows({band_data + plan.band_offset[r], width,
+                                     to + plan.row_offset[r] + band.pooled_row * (width / 2), band.pooled_rows,
+                                     width / 2});
+        }
+      }
+    }
+  }
+
+  // Tiles [begin, end) of the groups [group_begin, group_end) of a block row.
+  void run_tiles(const BlockRow& block_row, size_t group_begin, size_t group_end, const float* source, float* to,
+                 const float* add, const int64_t* row_offset, size_t begin, size_t end) const {
     ConvTile call{};
     call.channels = block_row.channel_count;
     call.taps = kernel.taps_;
@@ -435,17 +528,18 @@ struct ConvKernel::Work {
       call.tap_offset = packed_tail ? plan.tail_tap_offset.data() : plan.tap_offset.data();
       call.channel_offset =
           (packed_tail ? plan.tail_channel_offset : plan.channel_offset).data() + block_row.channel_begin;
-      call.y = to + tile.pixel;
+      call.y = to + tile.target;
+      call.addend = add == nullptr ? nullptr : add + tile.target;
       call.vectors = tile.vectors;
       call.last_lanes = tile.last_lanes;
       call.mode = tile.mode;
       call.masks = plan.masks.data() + tile.masks;
       call.distant_taps = static_cast<int>(kernel.attributes_.strides[2]);
-      for (size_t g = block_row.group_begin; g < block_row.group_end; ++g) {
+      for (size_t g = group_begin; g < group_end; ++g) {
         const RowGroup& group = kernel.groups_[g];
         call.weight = kernel.weight_.data() + group.weight;
         call.bias = kernel.bias_.data() + group.bias;
-        call.row_offset = plan.row_offset.data() + group.row;
+        call.row_offset = row_offset + group.row;
         call.rows = group.rows;
         call.valid_rows = group.valid_rows;
         kernel.kernels_.conv_tile(call);
@@ -539,21 +633,24 @@ struct ConvKernel::Work {
   static void zero(float* to, int64_t count) { std::memset(to, 0, static_cast<size_t>(count) * sizeof(float)); }
 };
 
-void ConvKernel::run(const float* x, int64_t batch, const Spatial& input, float* y, const ThreadPool& pool) const {
+void ConvKernel::run(const float* x, const float* addend, int64_t batch, const Spatial& input, float* y,
+                     const ThreadPool& pool) const {
   const std::shared_ptr<const Plan> plan = plan_for(input);
-  if (batch == 0 || plan->output_plane == 0 || outputs_ == 0) return;
-  Work work{*this, *plan, x, y};
+  if (batch == 0 || plan->result_plane == 0 || outputs_ == 0) return;
+  Work work{*this, *plan, x, addend, y};
   work.stages = batch * static_cast<int64_t>(plan->strips.size());
   const int64_t wanted = machine_threads() * kItemsPerThread;
   const int64_t block_rows = static_cast<int64_t>(block_rows_.size());
   if (work.stages < std::min(wanted, kMaxGroups)) {
     work.row_items = block_rows;
-    const int64_t tiles = static_cast<int64_t>(plan->strips[0].tile_end - plan->strips[0].tile_begin);
-    work.parts = std::clamp<int64_t>(ceil_div(wanted, work.stages * block_rows), 1, tiles);
+    const Plan::Strip& strip = plan->strips[0];
+    const size_t divisible = plan->band_rows > 0 ? strip.band_end - strip.band_begin : strip.tile_end - strip.tile_begin;
+    work.parts =
+        std::clamp<int64_t>(ceil_div(wanted, work.stages * block_rows), 1, static_cast<int64_t>(divisible));
     if (!plan->direct && !used_.empty()) {
       work.groups = work.stages;
       work.prepare_items = std::min<int64_t>(static_cast<int64_t>(used_.size()), ceil_div(wanted, work.stages));
-      work.panels = thread_scratch(static_cast<size_t>(checked_product(plan->panel_size, work.stages)));
+      work.panels = thread_scratch<Work>(static_cast<size_t>(checked_product(plan->panel_size, work.stages)));
     }
   }
   work.compute_items = work.stages * work.parts * work.row_items;

@@ -25,17 +25,25 @@ struct ConvAttributes {
 // Output size along each dimension; not positive where the input is too small.
 Spatial conv_output_size(const ConvAttributes& attributes, const Spatial& input);
 
+// What follows the convolution in the same pass over the output:
+//   Y = clip(conv(X, W) + bias + addend), or Y = max over 2 x 2 windows, one beside the other, of clip(conv(X, W) + bias).
+// A pooled output's odd last row and column are dropped; the middle dimension is not there. Nothing of the map before the
+// pooling gets into memory: the threads keep a few rows of it at a time.
+enum class Fused { kNothing, kAdd, kMaxPool };
+
 class ConvKernel {
  public:
   ConvKernel(const ConvAttributes& attributes, const BlockSparseWeight& weight, Activation activation,
-             const KernelSet& kernels);
+             const KernelSet& kernels, Fused fused = Fused::kNothing);
   ~ConvKernel();
 
   int64_t inputs() const { return inputs_; }
   int64_t outputs() const { return outputs_; }
 
-  // y[batch][outputs][output size] from x[batch][inputs][input]. May be called from several threads at once.
-  void run(const float* x, int64_t batch, const Spatial& input, float* y, const ThreadPool& pool) const;
+  // y[batch][outputs][output size] from x[batch][inputs][input] and, for kAdd, addend, of the size of y, which may be in
+  // the same place. May be called from several threads at once.
+  void run(const float* x, const float* addend, int64_t batch, const Spatial& input, float* y,
+           const ThreadPool& pool) const;
 
  private:
   struct Plan;
@@ -56,11 +64,14 @@ class ConvKernel {
   void read_in_place(Plan& plan) const;
   void read_from_panel(Plan& plan) const;
   void add_strip(Plan& plan, int64_t first_row, int64_t rows, int64_t pixel, int64_t pixels) const;
+  void add_tiles(Plan& plan, int64_t source, int64_t pixel, int64_t pixels, bool last_of_strip) const;
+  int64_t choose_band_rows(int64_t rows, int64_t width) const;
   void add_masks(Plan& plan) const;
 
   ConvAttributes attributes_;
   Activation activation_;
   const KernelSet& kernels_;
+  Fused fused_;
   int64_t inputs_, outputs_, taps_;
   std::vector<BlockRow> block_rows_;
   std::vector<size_t> heaviest_first_;  // block rows by decreasing work

@@ -160,7 +160,7 @@ void GemmKernel::run(const float* x, int64_t samples, float* y, const ThreadPool
     const int64_t count = std::min(largest, samples - done);
     Work work{*this, x + done * inputs_, y + done * outputs_, count, ceil_div(count, kernels_.gemm_samples), 1, nullptr};
     if (count > 1 || !input_perm_.empty()) {
-      work.packed = thread_scratch(static_cast<size_t>(checked_product(count, inputs_)));
+      work.packed = thread_scratch<GemmKernel>(static_cast<size_t>(checked_product(count, inputs_)));
       work.prepare_items = work.tiles * ceil_div(inputs_, kPackColumns);
     }
     const int64_t items = machine_threads() * kItemsPerThread;

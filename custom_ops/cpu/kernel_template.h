@@ -3,6 +3,7 @@
 // Included by one .cc file per instruction set, after a struct `V` (the vector traits) in an unnamed namespace:
 //   Vec, Mask, kLanes, kConvRows, kConvVectors, kGemmSamples, kGemmVectors,
 //   load, store, zero, set1, fma(a, b, c) = a * b + c, max, min (both return the second argument if one is NaN),
+//   max_nan(a, b) (NaN if one is), max_pairs(a, b) (of the lanes 2i and 2i + 1 of the two vectors in a row, likewise),
 //   expand(bits) -> Mask, load_masked(p, mask) (touches no masked-out float, gives 0 there),
 //   mask_input(x, mask) and fma_masked(w, x, acc, mask): together acc + w * x in the lanes of the mask, acc elsewhere
 //   (an instruction set masks either the input, once per load, or, with kMasksMultiplication, the multiplication),
@@ -147,6 +148,20 @@ void conv_tile_impl(const ConvTile& tile) {
   for (int r = 0; r < Rows; ++r) {
     if (r < tile.valid_rows) {
       float* y = tile.y + tile.row_offset[r];
+      if (tile.addend != nullptr) {
+        const float* addend = tile.addend + tile.row_offset[r];
+        TETRIS_UNROLL
+        for (int v = 0; v + 1 < Vectors; ++v) acc[r][v] = V::add(acc[r][v], V::load(addend + v * V::kLanes));
+        addend += (Vectors - 1) * V::kLanes;
+        if (tile.last_lanes == V::kLanes) {
+          acc[r][Vectors - 1] = V::add(acc[r][Vectors - 1], V::load(addend));
+        } else {
+          float lanes[V::kLanes] = {};
+          TETRIS_NO_UNROLL
+          for (int lane = 0; lane < tile.last_lanes; ++lane) lanes[lane] = addend[lane];
+          acc[r][Vectors - 1] = V::add(acc[r][Vectors - 1], V::load(lanes));
+        }
+      }
       TETRIS_UNROLL
       for (int v = 0; v + 1 < Vectors; ++v) V::store(y + v * V::kLanes, clip(acc[r][v], low, high));
       y += (Vectors - 1) * V::kLanes;
@@ -219,6 +234,7 @@ void conv_tail_impl(const ConvTile& tile) {
     Traits::row_store(out, Traits::row_add(Traits::row_add(acc[0][p], acc[1][p]), Traits::row_add(acc[2][p], acc[3][p])));
     TETRIS_NO_UNROLL
     for (int r = 0; r < tile.valid_rows; ++r) {
+      if (tile.addend != nullptr) out[r] += tile.addend[tile.row_offset[r] + p];
       // In this order a NaN stays.
       const float raised = out[r] < tile.low ? tile.low : out[r];
       tile.y[tile.row_offset[r] + p] = raised > tile.high ? tile.high : raised;
@@ -365,6 +381,25 @@ void copy_row_end(float* to, const float* from, const RowCopy& copy, int64_t i) 
   for (int64_t j = copy.before + copy.count; j < copy.width; ++j) to[j] = 0.0F;
 }
 
+TETRIS_INLINE float max_nan(float a, float b) { return a > b || a != a ? a : b; }
+
+void pool_rows(const PoolRows& pool) {
+  for (int64_t r = 0; r < pool.rows; ++r) {
+    const float* upper = pool.from + 2 * r * pool.from_width;
+    const float* lower = upper + pool.from_width;
+    float* to = pool.to + r * pool.width;
+    int64_t j = 0;
+    for (; j + V::kLanes <= pool.width; j += V::kLanes) {
+      const auto first = V::max_nan(V::load(upper + 2 * j), V::load(lower + 2 * j));
+      const auto second = V::max_nan(V::load(upper + 2 * j + V::kLanes), V::load(lower + 2 * j + V::kLanes));
+      V::store(to + j, V::max_pairs(first, second));
+    }
+    for (; j < pool.width; ++j) {
+      to[j] = max_nan(max_nan(upper[2 * j], lower[2 * j]), max_nan(upper[2 * j + 1], lower[2 * j + 1]));
+    }
+  }
+}
+
 constexpr KernelSet make_kernel_set(const char* name) {
   return {name,
           V::kLanes,
@@ -375,7 +410,8 @@ constexpr KernelSet make_kernel_set(const char* name) {
           V::kGemmVectors,
           conv_tile<V>,
           gemm_tile,
-          V::copy_rows};
+          V::copy_rows,
+          pool_rows};
 }
 
 }  // namespace

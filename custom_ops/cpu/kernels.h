@@ -17,7 +17,7 @@ enum class TapMode : int {
 };
 
 // One tile of a convolution: `rows` output channels x `vectors` vectors of flattened output pixels.
-//   y[r][p] = clip(bias[r] + sum over i < channels, t < taps of
+//   y[r][p] = clip(bias[r] + addend[r][p] + sum over i < channels, t < taps of
 //                  weight[i][t][r] * x[channel_offset[i] + tap_offset[t] + p], low, high)
 struct ConvTile {
   const float* x;
@@ -29,7 +29,8 @@ struct ConvTile {
   const float* bias;      // [rows]
   const uint32_t* masks;  // kSideMasked: [2][vectors] (left, right), kEveryMasked: [taps][vectors]; bit = lane
   float* y;
-  const int64_t* row_offset;  // of the output channels, from y
+  const float* addend;        // where y's values find theirs, or null; may be y itself
+  const int64_t* row_offset;  // of the output channels, from y and from addend
   int valid_rows;             // rows stored, at most `rows`
   int last_lanes;             // lanes stored of the last vector; kTail: pixels, at most KernelSet::tail_pixels
   int rows;                   // 1, 2, 4 or 8, at most KernelSet::conv_rows
@@ -71,6 +72,15 @@ struct RowCopy {
   int64_t from_stride, stride;
 };
 
+// Largest values of 2 x 2 windows: to[r][j] = max(from[2r][2j], from[2r][2j + 1], from[2r + 1][2j], from[2r + 1][2j + 1]),
+// NaN if one of them is. `to` has rows without gaps.
+struct PoolRows {
+  const float* from;
+  int64_t from_width;
+  float* to;
+  int64_t rows, width;  // of `to`
+};
+
 struct KernelSet {
   const char* name;
   int lanes;
@@ -80,6 +90,7 @@ struct KernelSet {
   void (*conv_tile)(const ConvTile& tile);
   void (*gemm_tile)(const GemmTile& tile);
   void (*copy_rows)(float* to, const float* from, const RowCopy& copy);
+  void (*pool_rows)(const PoolRows& pool);
 };
 
 // The kernels of each instruction set that this library was built with.

@@ -22,6 +22,8 @@ struct V {
   // vmaxq and vminq return NaN when either argument is NaN, which is what clipping needs.
   static Vec max(Vec a, Vec b) { return vmaxq_f32(a, b); }
   static Vec min(Vec a, Vec b) { return vminq_f32(a, b); }
+  static Vec max_nan(Vec a, Vec b) { return max(a, b); }
+  static Vec max_pairs(Vec a, Vec b) { return vpmaxq_f32(a, b); }
   static Mask expand(uint32_t bits) {
     const uint32_t lane_bits[4] = {1, 2, 4, 8};
     return vtstq_u32(vdupq_n_u32(bits), vld1q_u32(lane_bits));

@@ -19,6 +19,8 @@ struct V {
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
   static Vec max(Vec a, Vec b) { return a > b ? a : b; }
   static Vec min(Vec a, Vec b) { return a < b ? a : b; }
+  static Vec max_nan(Vec a, Vec b) { return a > b || a != a ? a : b; }
+  static Vec max_pairs(Vec a, Vec b) { return max_nan(a, b); }
   static Mask expand(uint32_t bits) { return (bits & 1U) != 0; }
   static Vec load_masked(const float* p, Mask mask) { return mask ? *p : 0.0F; }
   static Vec mask_input(Vec x, Mask mask) { return mask ? x : 0.0F; }

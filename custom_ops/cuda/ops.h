@@ -13,6 +13,7 @@ namespace tetris::cuda {
 class BlockSparseConv {
  public:
   static constexpr const char* kName = tetris::BlockSparseConv::kName;
+  static constexpr size_t kInputs = tetris::BlockSparseConv::kInputs;
 
   BlockSparseConv(const ort::Api& api, const ort::KernelInfo* info, ort::ElementType element);
   void compute(ort::KernelContext* context) const;
@@ -30,6 +31,7 @@ class BlockSparseConv {
 class BlockSparseGemm {
  public:
   static constexpr const char* kName = tetris::BlockSparseGemm::kName;
+  static constexpr size_t kInputs = tetris::BlockSparseGemm::kInputs;
 
   BlockSparseGemm(const ort::Api& api, const ort::KernelInfo* info, ort::ElementType element);
   void compute(ort::KernelContext* context) const;

@@ -91,6 +91,20 @@ double difference(const std::vector<float>& y, const std::vector<double>& expect
   return most / scale;
 }
 
+// Largest values of 2 x 2 windows of each map.
+std::vector<double> pooled(const std::vector<double>& maps, int64_t count, int64_t height, int64_t width) {
+  std::vector<double> out;
+  for (int64_t m = 0; m < count; ++m) {
+    for (int64_t r = 0; r < height / 2; ++r) {
+      for (int64_t c = 0; c < width / 2; ++c) {
+        const double* at = maps.data() + (m * height + 2 * r) * width + 2 * c;
+        out.push_back(std::max({at[0], at[1], at[width], at[width + 1]}));
+      }
+    }
+  }
+  return out;
+}
+
 double check_conv(Random& random, const tetris::KernelSet& kernels) {
   tetris::ConvAttributes a{};
   Spatial size{};
@@ -108,9 +122,15 @@ double check_conv(Random& random, const tetris::KernelSet& kernels) {
   const int64_t taps = a.kernel[0] * a.kernel[1] * a.kernel[2];
   const Weight weight(random, outputs, inputs, taps);
   const Spatial out = tetris::conv_output_size(a, size);
+  const bool can_pool = out[1] == 1 && out[0] > 1 && out[2] > 1 && size[1] == 1 && a.kernel[1] == 1;
+  const int64_t choice = random.to(0, can_pool ? 2 : 1);
+  const tetris::Fused fused = choice == 0   ? tetris::Fused::kNothing
+                              : choice == 1 ? tetris::Fused::kAdd
+                                            : tetris::Fused::kMaxPool;
   const int64_t plane = size[0] * size[1] * size[2], out_plane = out[0] * out[1] * out[2];
   const std::vector<float> x = random.values(batch * inputs * plane);
   std::vector<double> expected(static_cast<size_t>(batch * outputs * out_plane));
+  const std::vector<float> addend = random.values(fused == tetris::Fused::kAdd ? batch * outputs * out_plane : 0);
   for (int64_t n = 0; n < batch; ++n) {
     for (int64_t o = 0; o < outputs; ++o) {
       for (int64_t p = 0; p < out_plane; ++p) {
@@ -130,13 +150,16 @@ double check_conv(Random& random, const tetris::KernelSet& kernels) {
                    x[static_cast<size_t>((n * inputs + c) * plane + from)];
           }
         }
-        expected[static_cast<size_t>((n * outputs + o) * out_plane + p)] = std::clamp(sum, -20.0, 90.0);
+        const size_t at = static_cast<size_t>((n * outputs + o) * out_plane + p);
+        if (!addend.empty()) sum += addend[at];
+        expected[at] = std::clamp(sum, -20.0, 90.0);
       }
     }
   }
+  if (fused == tetris::Fused::kMaxPool) expected = pooled(expected, batch * outputs, out[0], out[2]);
   std::vector<float> y(expected.size(), std::nanf(""));
-  const tetris::ConvKernel kernel(a, weight.view, {-20.0F, 90.0F}, kernels);
-  kernel.run(x.data(), batch, size, y.data(), TwoThreads());
+  const tetris::ConvKernel kernel(a, weight.view, {-20.0F, 90.0F}, kernels, fused);
+  kernel.run(x.data(), addend.empty() ? nullptr : addend.data(), batch, size, y.data(), TwoThreads());
   return difference(y, expected);
 }
 

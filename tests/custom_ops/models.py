@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,14 @@ from tetris_onnx import runtime
 
 DOMAIN = "ai.tetris"
 Array = npt.NDArray[Any]
+
+
+_ORACLES: dict[str, Callable[..., Array]] = {
+    "BlockSparseConv": reference.block_sparse_conv,
+    "BlockSparseConvAdd": reference.block_sparse_conv_add,
+    "BlockSparseConvMaxPool": reference.block_sparse_conv_max_pool,
+    "BlockSparseGemm": reference.block_sparse_gemm,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +45,16 @@ class Op:
         names = ("blocks", "block_index", "input_perm", "output_perm", "bias")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
-    def expected(self, x: Array) -> Array:
-        """The oracle's answer."""
-        oracle = reference.block_sparse_conv if self.op_type == "BlockSparseConv" else reference.block_sparse_gemm
+    def expected(self, x: Array, addend: Array | None = None) -> Array:
+        """The oracle's answer; ``addend`` for BlockSparseConvAdd."""
+        oracle = _ORACLES[self.op_type]
         arguments = {
             name: value
             for name, value in self.attributes.items()
             if name not in ("block_size", "kernel_shape", "group")
         }
-        return oracle(x, self.blocks, self.block_index, self.input_perm, self.output_perm, self.bias, **arguments)
+        inputs = [x, self.blocks, self.block_index, self.input_perm, self.output_perm, self.bias]
+        return oracle(*inputs, *([] if addend is None else [addend]), **arguments)
 
 
 def random_op(
@@ -93,11 +102,19 @@ def make_model(
     name: str = "the_node",
     as_inputs: Sequence[str] = (),
     replace: Mapping[str, Array] | None = None,
+    addend_shape: Sequence[int | str | None] | None = None,
 ) -> onnx.ModelProto:
-    """A model of the one node, x -> y. `as_inputs` are not constant; `replace` changes constants as they are."""
+    """A model of the one node, x -> y. `as_inputs` are not constant; `replace` changes constants as they are.
+
+    BlockSparseConvAdd has a second input, addend, of `addend_shape` (None: of any).
+    """
     constants = {**op.constants, **(replace or {})}
-    node = helper.make_node(op.op_type, ["x", *constants], ["y"], name=name, domain=DOMAIN, **op.attributes)
+    slots = ["x", *constants]
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, list(x_shape))]
+    if op.op_type == "BlockSparseConvAdd":
+        slots.append("addend")
+        inputs.append(helper.make_tensor_value_info("addend", TensorProto.FLOAT, addend_shape))
+    node = helper.make_node(op.op_type, slots, ["y"], name=name, domain=DOMAIN, **op.attributes)
     inputs += [
         helper.make_tensor_value_info(i, helper.np_dtype_to_tensor_dtype(constants[i].dtype), constants[i].shape)
         for i in as_inputs
@@ -121,5 +138,12 @@ def session(model: onnx.ModelProto, threads: int = 1) -> onnxruntime.InferenceSe
     return runtime.InferenceSession(model.SerializeToString(), options)
 
 
-def run(op: Op, x: Array, threads: int = 1) -> Array:
-    return session(make_model(op, x.shape), threads).run(None, {"x": x})[0]
+def run(op: Op, x: Array, threads: int = 1, addend: Array | None = None) -> Array:
+    feed = {"x": x} if addend is None else {"x": x, "addend": addend}
+    return session(make_model(op, x.shape), threads).run(None, feed)[0]
+
+
+def fused(op: Op, kind: str) -> Op:
+    """`op` as BlockSparseConvAdd ("Add") or BlockSparseConvMaxPool ("MaxPool"), with the same weight."""
+    attributes = {**op.attributes, **({"pool_shape": [2, 2]} if kind == "MaxPool" else {})}
+    return dataclasses.replace(op, op_type=op.op_type + kind, attributes=attributes)
