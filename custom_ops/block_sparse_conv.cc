@@ -1,5 +1,7 @@
 #include "block_sparse_conv.h"
 
+#include "cpu/quantize.h"
+
 namespace tetris {
 namespace {
 
@@ -134,7 +136,8 @@ ConvOp<F>::ConvOp(const ort::Api& api, const NodeReader& node) : api_(api), node
   const Activation activation = node.activation();
   const BlockSparseWeight weight = node.weight(node_.weight_shape());
   try {
-    kernel_ = std::make_unique<ConvKernel>(node_.attributes(), weight, activation, select_kernels(), F);
+    kernel_ = std::make_unique<ConvKernel>(node_.attributes(), weight, activation,
+                                           kernels_for(node.precision(), weight), F);
   } catch (const std::logic_error& error) {
     node.fail(error.what());
   } catch (const std::runtime_error& error) {

@@ -1,5 +1,7 @@
 #include "block_sparse_gemm.h"
 
+#include "cpu/quantize.h"
+
 namespace tetris {
 
 GemmNode::GemmNode(const NodeReader& node) : where_(node.where()), weight_shape_(node.ints("weight_shape")) {
@@ -36,7 +38,7 @@ BlockSparseGemm::BlockSparseGemm(const ort::Api& api, const NodeReader& node) : 
   const Activation activation = node.activation();
   const BlockSparseWeight weight = node.weight(node_.weight_shape());
   try {
-    kernel_ = std::make_unique<GemmKernel>(weight, activation, select_kernels());
+    kernel_ = std::make_unique<GemmKernel>(weight, activation, kernels_for(node.precision(), weight));
   } catch (const std::logic_error& error) {
     node.fail(error.what());
   } catch (const std::runtime_error& error) {

@@ -123,6 +123,26 @@ float NodeReader::number(const char* name, float otherwise) const {
   return otherwise;
 }
 
+std::string NodeReader::text(const char* name, const char* otherwise) const {
+  size_t size = 0;
+  ort::Status* status = api_.KernelInfoGetAttribute_string(info_, name, nullptr, &size);
+  if (status != nullptr) {
+    api_.ReleaseStatus(status);
+    return otherwise;
+  }
+  return read_name(api_, [&](char* out, size_t* room) {
+    return api_.KernelInfoGetAttribute_string(info_, name, out, room);
+  });
+}
+
+Precision NodeReader::precision() const {
+  const std::string name = text("precision", "float32");
+  if (name == "float32") return Precision::kFloat32;
+  if (name == "bfloat16") return Precision::kBFloat16;
+  if (name == "int8") return Precision::kInt8;
+  fail("attribute precision is '" + name + "', expected float32, bfloat16 or int8");
+}
+
 Activation NodeReader::activation() const {
   const float infinity = std::numeric_limits<float>::infinity();
   const Activation range{number("activation_min", -infinity), number("activation_max", infinity)};

@@ -57,8 +57,11 @@ class NodeReader {
   int64_t integer(const char* name, int64_t otherwise) const;
   float number(const char* name, float otherwise) const;
 
+  std::string text(const char* name, const char* otherwise) const;
+
   // Attributes activation_min and activation_max.
   Activation activation() const;
+  Precision precision() const;
 
   // Reads and checks everything that describes the weight; `shape` is attribute weight_shape: [outputs, inputs, ...].
   // It points to what this object and onnxruntime hold.

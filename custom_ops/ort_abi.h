@@ -85,6 +85,9 @@ class Api {
   Status* KernelInfoGetAttribute_int64(const KernelInfo* info, const char* name, int64_t* out) const {
     return call<86, Status*>(info, name, out);
   }
+  Status* KernelInfoGetAttribute_string(const KernelInfo* info, const char* name, char* out, size_t* size) const {
+    return call<87, Status*>(info, name, out, size);
+  }
   Status* KernelContext_GetInput(const KernelContext* context, size_t index, const Value** out) const {
     return call<90, Status*>(context, index, out);
   }

@@ -75,6 +75,54 @@ def conv(
     return y
 
 
+def round_to_bfloat16(values: FloatArray) -> FloatArray:
+    """To the nearest number of 8 significant bits, ties to even; float32."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) & np.uint32(0xFFFF0000)
+    return rounded.view(np.float32)
+
+
+def quantize_weight(weight: FloatArray) -> FloatArray:
+    """What the bytes of a weight [M, ...] stand for: -127 to 127 for -m to m, m the largest magnitude of the row."""
+    rows = weight.reshape(len(weight), -1).astype(np.float32)
+    most = np.abs(rows).max(axis=1, keepdims=True, initial=0)
+    scale = np.where(most > 0, most / np.float32(127), np.float32(1)).astype(np.float32)
+    quantized: FloatArray = (np.rint(rows / scale) * scale.astype(np.float64)).reshape(weight.shape)
+    return quantized
+
+
+def quantize_input(x: FloatArray, used: npt.NDArray[np.bool_]) -> FloatArray:
+    """What the bytes of one input [C, ...] stand for: 0 to 255 for the range of its ``used`` channels, and 0."""
+    low = x[used].min(initial=0).astype(np.float32)
+    high = x[used].max(initial=0).astype(np.float32)
+    scale = high / np.float32(255) - low / np.float32(255)
+    scale = scale if scale > 0 else np.float32(1)
+    zero_point = np.rint(-low / scale)
+    quantized: FloatArray = np.clip(np.rint(x * (np.float32(1) / scale)), -zero_point, 255 - zero_point)
+    return quantized.astype(np.float64) * np.float64(scale)
+
+
+def _rounded(
+    x: FloatArray, weight: FloatArray, used: npt.NDArray[np.bool_], precision: str
+) -> tuple[FloatArray, FloatArray]:
+    """Inputs [N, C, ...] and a weight as a precision's products see them."""
+    if precision == "bfloat16":
+        return round_to_bfloat16(x), round_to_bfloat16(weight)
+    if precision == "int8":
+        images = [quantize_input(image, used) for image in x]
+        return (np.stack(images) if images else x), quantize_weight(weight)
+    assert precision == "float32"
+    return x, weight
+
+
+def _used_channels(block_index: IntArray, input_perm: IntArray, block_inputs: int) -> npt.NDArray[np.bool_]:
+    """Which input channels [C] lie in a kept block."""
+    used = np.zeros(len(input_perm), bool)
+    for column in block_index[:, 1]:
+        used[input_perm[column * block_inputs : (column + 1) * block_inputs]] = True
+    return used
+
+
 def block_sparse_conv(
     x: FloatArray,
     blocks: FloatArray,
@@ -89,9 +137,11 @@ def block_sparse_conv(
     dilations: Sequence[int] | None = None,
     activation_min: float = -math.inf,
     activation_max: float = math.inf,
+    precision: str = "float32",
 ) -> FloatArray:
-    """Op BlockSparseConv (see custom_ops/README.md) in float64."""
+    """Op BlockSparseConv (see custom_ops/README.md) in float64, of operands rounded to ``precision``."""
     weight = dense_weight(blocks, block_index, input_perm, output_perm, weight_shape)
+    x, weight = _rounded(x, weight, _used_channels(block_index, input_perm, blocks.shape[2]), precision)
     y = conv(x, weight, bias, strides=strides, pads=pads, dilations=dilations)
     return np.clip(y, activation_min, activation_max)
 
@@ -159,9 +209,13 @@ def block_sparse_gemm(
     weight_shape: Sequence[int],
     activation_min: float = -math.inf,
     activation_max: float = math.inf,
+    precision: str = "float32",
 ) -> FloatArray:
-    """Op BlockSparseGemm (see custom_ops/README.md) in float64: x [.., K] -> [.., M]."""
+    """Op BlockSparseGemm (see custom_ops/README.md) in float64: x [.., K] -> [.., M], rounded to ``precision``."""
     weight = dense_weight(blocks, block_index, input_perm, output_perm, weight_shape)
+    shape = x.shape
+    x, weight = _rounded(x.reshape(-1, shape[-1]), weight, np.ones(shape[-1], bool), precision)
+    x = x.reshape(shape)
     y = x.astype(np.float64) @ weight.astype(np.float64).T
     if bias is not None:
         y = y + bias

@@ -4,7 +4,8 @@
 
 Prints, for each layer, the medians of both, the speed-up and `fraction` = speed-up x density: 1 is a time exactly
 proportional to the number of kept blocks. Both take NCHW tensors; onnxruntime's time includes the conversion to its own
-layout and back, which it would save between two of its own layers.
+layout and back, which it would save between two of its own layers. `error` is the largest difference of the outputs
+over the largest output: that of `--precision`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ import onnxruntime
 from one_layer import random_layer  # beside this file
 from shapes import Layer, read_layers
 from tetris_onnx import runtime
+
+# Largest difference of the outputs over the largest. Rounding to bfloat16 is off by up to 2^-9 of each factor, to
+# bytes by up to 1/510 of the range; over the many products of an output the errors mostly cancel.
+TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2, "int8": 5e-2}
 
 
 def timer(model: bytes, x: np.ndarray, threads: int) -> tuple[Callable[[], float], np.ndarray]:
@@ -46,22 +51,22 @@ def timer(model: bytes, x: np.ndarray, threads: int) -> tuple[Callable[[], float
     return once, y
 
 
-def measure(layer: Layer, arguments: argparse.Namespace) -> tuple[float, float, float]:
-    """Density of the grid, median seconds dense, median seconds block-sparse."""
+def measure(layer: Layer, arguments: argparse.Namespace) -> tuple[float, float, float, float]:
+    """Density of the grid, median seconds dense, median seconds block-sparse, error."""
     rng = np.random.default_rng(0)
     sparse = random_layer(layer, arguments.block_size, arguments.density, rng)
     x = rng.standard_normal((arguments.batch, layer.inputs, *layer.map_size), dtype=np.float32)
-    run_sparse, y_sparse = timer(sparse.sparse_model(arguments.batch), x, arguments.threads)
+    run_sparse, y_sparse = timer(sparse.sparse_model(arguments.batch, arguments.precision), x, arguments.threads)
     run_dense, y_dense = timer(sparse.dense_model(arguments.batch), x, arguments.threads)
-    error = np.abs(y_sparse - y_dense).max() / np.abs(y_dense).max()
-    if error > 1e-4:
+    error = float(np.abs(y_sparse - y_dense).max() / np.abs(y_dense).max())
+    if error > TOLERANCES[arguments.precision]:
         raise SystemExit(f"{layer.name}: the two outputs differ by {error:.1e} of the largest")
     times: tuple[list[float], list[float]] = ([], [])
     end = time.perf_counter() + arguments.seconds
     while len(times[0]) < 7 or time.perf_counter() < end:
         times[0].append(run_dense())
         times[1].append(run_sparse())
-    return sparse.density, statistics.median(times[0]), statistics.median(times[1])
+    return sparse.density, statistics.median(times[0]), statistics.median(times[1]), error
 
 
 def main() -> None:
@@ -72,22 +77,25 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--precision", choices=TOLERANCES, default="float32", help="of the block-sparse op")
     parser.add_argument("--seconds", type=float, default=1.0, help="for each layer")
     parser.add_argument("--layers", help="only the layers whose name holds this")
     arguments = parser.parse_args()
     if arguments.threads > 1:
         # One pool for both sessions: after a run, a session's own threads would go on spinning into the other's time.
         onnxruntime.set_global_thread_pool_sizes(arguments.threads, 1)
-    print(f"{'layer':<14} {'dense ms':>9} {'GFLOP/s':>8} {'sparse ms':>9} {'density':>8} {'speed-up':>8} fraction")
+    print(
+        f"{'layer':<14} {'dense ms':>9} {'GFLOP/s':>8} {'sparse ms':>9} {'density':>8} {'speed-up':>8} fraction   error"
+    )
     total_dense = total_sparse = total_ideal = 0.0
     for layer in read_layers(arguments.shapes):
         if arguments.layers and arguments.layers not in layer.name:
             continue
-        density, dense, sparse = measure(layer, arguments)
+        density, dense, sparse, error = measure(layer, arguments)
         rate = 2e-9 * layer.multiplications() * arguments.batch / dense
         print(
             f"{layer.name:<14} {dense * 1e3:>9.3f} {rate:>8.0f} {sparse * 1e3:>9.3f} {density:>8.3f} "
-            f"{dense / sparse:>8.2f} {dense / sparse * density:>8.2f}",
+            f"{dense / sparse:>8.2f} {dense / sparse * density:>8.2f} {error:.1e}",
             flush=True,
         )
         total_dense, total_sparse = total_dense + dense, total_sparse + sparse

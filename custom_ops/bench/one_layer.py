@@ -36,12 +36,13 @@ class RandomLayer:
         weight[index] = padded[: self.weight_shape[0], : self.weight_shape[1]]
         return weight
 
-    def sparse_model(self, batch: int) -> bytes:
-        """x -> y by the block-sparse op, with its bias and Relu."""
+    def sparse_model(self, batch: int, precision: str = "float32") -> bytes:
+        """x -> y by the block-sparse op, with its bias and Relu, in a precision of the op's."""
         op = "BlockSparseConv" if self.layer.is_conv else "BlockSparseGemm"
-        shape = {"weight_shape": self.weight_shape, "block_size": self.block_size}
+        attributes = {"weight_shape": self.weight_shape, "block_size": self.block_size, "precision": precision}
+        attributes |= window(self.layer)
         node = helper.make_node(
-            op, ["x", *self.constants], ["y"], op, domain="ai.tetris", activation_min=0.0, **shape, **window(self.layer)
+            op, ["x", *self.constants], ["y"], op, domain="ai.tetris", activation_min=0.0, **attributes
         )
         return _model([node], self.layer, batch, self.constants)
 

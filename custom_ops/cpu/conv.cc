@@ -4,6 +4,8 @@
 #include <cstring>
 #include <numeric>
 
+#include "quantize.h"
+
 namespace tetris {
 namespace {
 
@@ -60,17 +62,24 @@ ConvKernel::ConvKernel(const ConvAttributes& attributes, const BlockSparseWeight
       taps_(weight.taps),
       output_perm_(weight.output_perm, weight.output_perm + weight.outputs) {
   const std::vector<int64_t> begins = weight.row_begins();
+  // Channels that share an element are neighbors in the reordered order and in the same block, so that all block rows can
+  // read the same elements.
+  const int64_t packed = kernels.packed;
+  const int64_t per_block = elements_per_block(weight, kernels.packed);
+  std::vector<int64_t> slot(static_cast<size_t>(ceil_div(inputs_, weight.block_inputs) * per_block), -1);
   int64_t weight_size = 0, bias_size = 0;
   for (int64_t r = 0; r < weight.block_rows(); ++r) {
     BlockRow block_row{};
-    block_row.channel_begin = static_cast<int64_t>(channel_.size());
+    block_row.channel_begin = static_cast<int64_t>(column_.size());
     for (int64_t b = begins[static_cast<size_t>(r)]; b < begins[static_cast<size_t>(r) + 1]; ++b) {
-      const int64_t column = weight.block_index[2 * b + 1];
-      for (int64_t j = 0; j < weight.columns_of(column); ++j) {
-        channel_.push_back(weight.input_perm[column * weight.block_inputs + j]);
+      const int64_t column = weight.block_index[2 * b + 1], width = weight.columns_of(column);
+      for (int64_t j = 0; j < width; j += packed) {
+        const int64_t element = column * per_block + j / packed;
+        slot[static_cast<size_t>(element)] = 0;
+        column_.push_back(element);
       }
     }
-    block_row.channel_count = static_cast<int64_t>(channel_.size()) - block_row.channel_begin;
+    block_row.channel_count = static_cast<int64_t>(column_.size()) - block_row.channel_begin;
     block_row.group_begin = groups_.size();
     for (int64_t row = 0; row < weight.rows_of(r);) {
       const int64_t left = weight.rows_of(r) - row;
@@ -84,24 +93,71 @@ ConvKernel::ConvKernel(const ConvAttributes& attributes, const BlockSparseWeight
     block_row.group_end = groups_.size();
     block_rows_.push_back(block_row);
   }
+  for (size_t element = 0; element < slot.size(); ++element) {
+    if (slot[element] < 0) continue;
+    const int64_t column = static_cast<int64_t>(element) / per_block;
+    const int64_t first = static_cast<int64_t>(element) % per_block * packed;
+    Source source{};
+    source.count = static_cast<int>(std::min(packed, weight.columns_of(column) - first));
+    for (int k = 0; k < source.count; ++k) {
+      source.channel[k] = weight.input_perm[column * weight.block_inputs + first + k];
+    }
+    slot[element] = static_cast<int64_t>(used_.size());
+    used_.push_back(source);
+  }
+  // In the order of the input's channels, which is how memory is read fastest.
+  std::vector<int64_t> order(used_.size()), place(used_.size());
+  std::iota(order.begin(), order.end(), int64_t{0});
+  std::sort(order.begin(), order.end(), [this](int64_t i, int64_t j) {
+    return used_[static_cast<size_t>(i)].channel[0] < used_[static_cast<size_t>(j)].channel[0];
+  });
+  std::vector<Source> sorted;
+  for (const int64_t i : order) {
+    place[static_cast<size_t>(i)] = static_cast<int64_t>(sorted.size());
+    sorted.push_back(used_[static_cast<size_t>(i)]);
+  }
+  used_ = std::move(sorted);
+  for (int64_t& column : column_) column = place[static_cast<size_t>(slot[static_cast<size_t>(column)])];
 
   weight_ = Buffer(static_cast<size_t>(weight_size) + kPrefetchPadding);
   bias_ = Buffer(static_cast<size_t>(bias_size) + kBiasPadding);
+  std::vector<float> scales;
+  std::vector<int32_t> sums;
+  if (kernels.precision == Precision::kInt8) {
+    RowScales rows(weight);
+    scales = std::move(rows.scale);
+    sums = std::move(rows.sum);
+    row_scale_ = Buffer(static_cast<size_t>(bias_size) + kBiasPadding);
+    row_sum_.assign(static_cast<size_t>(bias_size) + kBiasPadding, 0);
+  }
   for (int64_t r = 0; r < weight.block_rows(); ++r) {
     const BlockRow& block_row = block_rows_[static_cast<size_t>(r)];
     for (size_t g = block_row.group_begin; g < block_row.group_end; ++g) {
       const RowGroup& group = groups_[g];
-      float* bias = bias_.data() + group.bias;
-      for (int k = 0; k < group.rows; ++k) bias[k] = k < group.valid_rows ? weight.bias_of(group.row + k) : 0.0F;
+      for (int k = 0; k < group.rows; ++k) {
+        const size_t to = static_cast<size_t>(group.bias + k);
+        const bool valid = k < group.valid_rows;
+        bias_.data()[to] = valid ? weight.bias_of(group.row + k) : 0.0F;
+        if (scales.empty()) continue;
+        row_scale_.data()[to] = valid ? scales[static_cast<size_t>(group.row + k)] : 0.0F;
+        row_sum_[to] = valid ? sums[static_cast<size_t>(group.row + k)] : 0;
+      }
       const int64_t first = group.row - r * weight.block_outputs;
       float* out = weight_.data() + group.weight;
       for (int64_t b = begins[static_cast<size_t>(r)]; b < begins[static_cast<size_t>(r) + 1]; ++b) {
-        for (int64_t j = 0; j < weight.columns_of(weight.block_index[2 * b + 1]); ++j) {
+        const int64_t width = weight.columns_of(weight.block_index[2 * b + 1]);
+        for (int64_t j = 0; j < width; j += packed, out += taps_ * group.rows) {
           for (int k = 0; k < group.rows; ++k) {
-            const float* taps = k < group.valid_rows ? weight.at(b, first + k, j) : nullptr;
-            for (int64_t t = 0; t < taps_; ++t) out[t * group.rows + k] = taps == nullptr ? 0.0F : taps[t];
+            const bool valid = k < group.valid_rows;
+            for (int64_t t = 0; t < taps_; ++t) {
+              float values[kMostPacked] = {};
+              for (int64_t i = 0; valid && i < std::min(packed, width - j); ++i) {
+                values[i] = weight.at(b, first + k, j + i)[t];
+              }
+              const float scale = scales.empty() || !valid ? 1.0F : scales[static_cast<size_t>(group.row + k)];
+              out[t * group.rows + k] = pack_weights(kernels.precision, values, scale);
+            }
           }
-          out += taps_ * group.rows;
         }
       }
     }
@@ -112,13 +168,6 @@ ConvKernel::ConvKernel(const ConvAttributes& attributes, const BlockSparseWeight
   std::stable_sort(heaviest_first_.begin(), heaviest_first_.end(), [this](size_t a, size_t b) {
     return block_rows_[a].channel_count > block_rows_[b].channel_count;
   });
-  slot_.assign(static_cast<size_t>(inputs_), -1);
-  for (const int64_t c : channel_) slot_[static_cast<size_t>(c)] = 0;
-  for (int64_t c = 0; c < inputs_; ++c) {
-    if (slot_[static_cast<size_t>(c)] < 0) continue;
-    slot_[static_cast<size_t>(c)] = static_cast<int64_t>(used_.size());
-    used_.push_back(c);
-  }
 }
 
 ConvKernel::~ConvKernel() = default;
@@ -231,8 +280,8 @@ std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& inp
   plan.side_masked = a.kernel[1] == 1 && a.strides[1] == 1 && a.pads_begin[1] == 0 && a.pads_end[1] == 0 &&
                      input[1] == 1 && a.kernel[2] == 3 && a.dilations[2] == 1 && a.pads_begin[2] == 1 &&
                      ((a.strides[2] == 1 && a.pads_end[2] == 1) || a.strides[2] == 2);
-  plan.direct = plan.pointwise || (plan.side_masked && a.strides[0] == 1 && a.strides[2] == 1 &&
-                                   plan.output_plane > kPanelPixels);
+  plan.direct = kernels_.precision == Precision::kFloat32 && (plan.pointwise || (plan.side_masked && a.strides[0] == 1 && a.strides[2] == 1 &&
+                                   plan.output_plane > kPanelPixels));
   if (plan.direct) {
     read_in_place(plan);
   } else {
@@ -248,7 +297,9 @@ void ConvKernel::read_in_place(Plan& plan) const {
     const int64_t row = i / a.kernel[2] * a.dilations[0] - a.pads_begin[0];
     plan.tap_offset.push_back(row * plan.output[2] + i % a.kernel[2] - a.pads_begin[2]);
   }
-  for (const int64_t c : channel_) plan.channel_offset.push_back(c * plan.input_plane);
+  for (const int64_t c : column_) {
+    plan.channel_offset.push_back(used_[static_cast<size_t>(c)].channel[0] * plan.input_plane);
+  }
   // An even number of strips: an odd one leaves one of two threads idle at the end.
   const int64_t tile_pixels =
       plan.band_rows > 0 ? plan.band_rows * plan.output[2] : kernels_.conv_vectors * kernels_.lanes;
@@ -312,8 +363,8 @@ void ConvKernel::read_from_panel(Plan& plan) const {
   if (plan.side_masked) {
     plan.tail_width = kernels_.tail_pixels;
     for (int64_t t = 0; t < taps_; ++t) plan.tail_tap_offset.push_back(t * plan.tail_width);
-    for (const int64_t c : channel_) {
-      plan.tail_channel_offset.push_back(plan.tail_begin + slot_[static_cast<size_t>(c)] * taps_ * plan.tail_width);
+    for (const int64_t c : column_) {
+      plan.tail_channel_offset.push_back(plan.tail_begin + c * taps_ * plan.tail_width);
     }
   }
   plan.panel_size = plan.tail_begin + kPanelSlack +
@@ -330,9 +381,7 @@ void ConvKernel::read_from_panel(Plan& plan) const {
       plan.tap_offset.push_back(phase->offset + (extra + plane * phase->rows) * inner + shift);
     }
   }
-  for (const int64_t c : channel_) {
-    plan.channel_offset.push_back(slot_[static_cast<size_t>(c)] * plan.channel_stride);
-  }
+  for (const int64_t c : column_) plan.channel_offset.push_back(c * plan.channel_stride);
   for (int64_t row = 0; row < total_rows; row += strip_rows) {
     const int64_t rows = std::min(strip_rows, total_rows - row);
     add_strip(plan, row, rows, row * inner, rows * inner);
@@ -446,6 +495,7 @@ struct ConvKernel::Work {
   int64_t groups = 1, prepare_items = 0, compute_items = 0;
   int64_t stages = 0, parts = 1, row_items = 1;
   float* panels = nullptr;  // of all stages, or null
+  const Quantization* quantized = nullptr;  // of each image (kInt8)
 
   int64_t group_of(int64_t item) const { return item / (parts * row_items); }
 
@@ -483,16 +533,17 @@ struct ConvKernel::Work {
       const BlockRow& block_row =
           kernel.block_rows_[row_items == 1 ? i : kernel.heaviest_first_[static_cast<size_t>(row_item)]];
       if (pooled) {
-        run_bands(block_row, source, y + offset, begin, end);
+        run_bands(block_row, image, source, y + offset, begin, end);
       } else {
-        run_tiles(block_row, block_row.group_begin, block_row.group_end, source, y + offset,
+        run_tiles(block_row, block_row.group_begin, block_row.group_end, image, source, y + offset,
                   addend == nullptr ? nullptr : addend + offset, plan.row_offset.data(), begin, end);
       }
     }
   }
 
   // Bands [begin, end) of a block row's maps: computed into scratch memory, then pooled into `to`.
-  void run_bands(const BlockRow& block_row, const float* source, float* to, size_t begin, size_t end) const {
+  void run_bands(const BlockRow& block_row, int64_t image, const float* source, float* to, size_t begin,
+                 size_t end) const {
     const int64_t width = plan.output[2];
     const int64_t channels = static_cast<int64_t>(kBandGroups) * kernel.kernels_.conv_rows;
     float* band_data = thread_scratch<Plan::Band>(static_cast<size_t>(checked_product(channels, plan.band_stride)));
@@ -500,7 +551,7 @@ struct ConvKernel::Work {
       const Plan::Band& band = plan.bands[b];
       for (size_t g = block_row.group_begin; g < block_row.group_end; g += kBandGroups) {
         const size_t last = std::min(g + kBandGroups, block_row.group_end);
-        run_tiles(block_row, g, last, source, band_data, nullptr, plan.band_offset.data(), band.tile_begin,
+        run_tiles(block_row, g, last, image, source, band_data, nullptr, plan.band_offset.data(), band.tile_begin,
                   band.tile_end);
         const int64_t row_end = kernel.groups_[last - 1].row + kernel.groups_[last - 1].valid_rows;
         for (int64_t row = kernel.groups_[g].row; row < row_end; ++row) {
@@ -514,13 +565,17 @@ struct ConvKernel::Work {
   }
 
   // Tiles [begin, end) of the groups [group_begin, group_end) of a block row.
-  void run_tiles(const BlockRow& block_row, size_t group_begin, size_t group_end, const float* source, float* to,
-                 const float* add, const int64_t* row_offset, size_t begin, size_t end) const {
+  void run_tiles(const BlockRow& block_row, size_t group_begin, size_t group_end, int64_t image, const float* source,
+                 float* to, const float* add, const int64_t* row_offset, size_t begin, size_t end) const {
     ConvTile call{};
     call.channels = block_row.channel_count;
     call.taps = kernel.taps_;
     call.low = kernel.activation_.low;
     call.high = kernel.activation_.high;
+    if (quantized != nullptr) {
+      call.x_scale = quantized[image].scale;
+      call.zero_point = quantized[image].zero_point;
+    }
     for (size_t i = begin; i < end; ++i) {
       const Plan::Tile& tile = plan.tiles[i];
       const bool packed_tail = tile.mode == TapMode::kTail && plan.tail_width > 0;
@@ -539,6 +594,10 @@ struct ConvKernel::Work {
         const RowGroup& group = kernel.groups_[g];
         call.weight = kernel.weight_.data() + group.weight;
         call.bias = kernel.bias_.data() + group.bias;
+        if (quantized != nullptr) {
+          call.row_scale = kernel.row_scale_.data() + group.bias;
+          call.row_sum = kernel.row_sum_.data() + group.bias;
+        }
         call.row_offset = row_offset + group.row;
         call.rows = group.rows;
         call.valid_rows = group.valid_rows;
@@ -567,8 +626,7 @@ struct ConvKernel::Work {
       right_side[p] = (last.pixel + p + 1) % width == 0 && a.strides[2] == 1;
     }
     for (int64_t u = begin; u < end; ++u) {
-      const int64_t channel = image * kernel.inputs_ + kernel.used_[static_cast<size_t>(u)];
-      const float* from = x + channel * plan.input_plane;
+      const PackedRows from = rows_of(image, kernel.used_[static_cast<size_t>(u)]);
       float* to = panel + kPanelSlack + u * plan.channel_stride;
       for (const Plan::Phase& phase : plan.phases) {
         const int64_t rows = strip.rows + phase.extra_rows;
@@ -579,39 +637,42 @@ struct ConvKernel::Work {
         const int64_t row_end = std::max(row_begin, room <= 0 ? 0 : std::min(rows, ceil_div(room, stride)));
         for (size_t i = 0; i < plan.inner_taps.size(); ++i) {
           float* plane = to + phase.offset + static_cast<int64_t>(i) * phase.rows * inner;
-          zero(plane, row_begin * inner);
-          zero(plane + row_end * inner, (rows - row_end) * inner);
+          zero(plane, row_begin * inner, from.quantized);
+          zero(plane + row_end * inner, (rows - row_end) * inner, from.quantized);
           if (row_end == row_begin) continue;
-          const float* start = from + (first + row_begin * stride) * inner_input;
+          int64_t start = (first + row_begin * stride) * inner_input;  // in the channel
           float* out = plane + row_begin * inner;
           const Plan::InnerTap& tap = plan.inner_taps[i];
           if (as_is && stride == 1) {
-            std::memcpy(out, start, static_cast<size_t>((row_end - row_begin) * inner) * sizeof(float));
+            const int64_t count = (row_end - row_begin) * inner;
+            copy_rows(out, from, start, {1, count, 0, count, 0, 1});
           } else if (as_is && inner == 1) {
-            copy_rows(out, start, {1, row_end - row_begin, 0, row_end - row_begin, 0, stride});
+            copy_rows(out, from, start, {1, row_end - row_begin, 0, row_end - row_begin, 0, stride});
           } else if (plan.input[1] == 1 && plan.output[1] == 1) {
-            fill_rows(out, start, row_end - row_begin, stride * inner_input, tap.inner);
+            fill_rows(out, from, start, row_end - row_begin, stride * inner_input, tap.inner);
           } else {
             for (int64_t q = row_begin; q < row_end; ++q, start += stride * inner_input, out += inner) {
               const Plan::View& middle = tap.middle;
-              zero(out, middle.begin * width);
-              fill_rows(out + middle.begin * width,
+              zero(out, middle.begin * width, from.quantized);
+              fill_rows(out + middle.begin * width, from,
                         start + (middle.begin * a.strides[1] + middle.offset) * plan.input[2],
                         middle.end - middle.begin, a.strides[1] * plan.input[2], tap.inner);
-              zero(out + middle.end * width, (plan.output[1] - middle.end) * width);
+              zero(out + middle.end * width, (plan.output[1] - middle.end) * width, from.quantized);
             }
           }
         }
       }
       if (packed_tail) {
+        float outside;
+        zero(&outside, 1, from.quantized);
         float* tail = panel + kPanelSlack + plan.tail_begin + u * kernel.taps_ * plan.tail_width;
         for (int64_t t = 0; t < kernel.taps_; t += 3) {
           const int64_t* offset = plan.tap_offset.data() + t;
           const float* from_pixel = to + last.source;
           for (int64_t p = 0; p < last.last_lanes; ++p) {
-            tail[t * plan.tail_width + p] = left_side[p] ? 0.0F : from_pixel[offset[0] + p];
+            tail[t * plan.tail_width + p] = left_side[p] ? outside : from_pixel[offset[0] + p];
             tail[(t + 1) * plan.tail_width + p] = from_pixel[offset[1] + p];
-            tail[(t + 2) * plan.tail_width + p] = right_side[p] ? 0.0F : from_pixel[offset[2] + p];
+            tail[(t + 2) * plan.tail_width + p] = right_side[p] ? outside : from_pixel[offset[2] + p];
           }
         }
       }
@@ -619,25 +680,88 @@ struct ConvKernel::Work {
   }
 
   // Rows of the inner dimension as one tap sees them.
-  void fill_rows(float* to, const float* from, int64_t rows, int64_t from_stride, const Plan::View& view) const {
+  void fill_rows(float* to, const PackedRows& from, int64_t start, int64_t rows, int64_t from_stride,
+                 const Plan::View& view) const {
     const int64_t width = plan.output[2], stride = kernel.attributes_.strides[2];
-    if (view.begin == view.end) return zero(to, rows * width);
-    copy_rows(to, from + view.begin * stride + view.offset,
+    if (view.begin == view.end) return zero(to, rows * width, from.quantized);
+    copy_rows(to, from, start + view.begin * stride + view.offset,
               {rows, width, view.begin, view.end - view.begin, from_stride, stride});
   }
 
-  void copy_rows(float* to, const float* from, const RowCopy& copy) const {
-    kernel.kernels_.copy_rows(to, from, copy);
+  // The channels of an element in an image.
+  PackedRows rows_of(int64_t image, const Source& source) const {
+    PackedRows rows{};
+    for (int k = 0; k < source.count; ++k) {
+      rows.from[k] = x + (image * kernel.inputs_ + source.channel[k]) * plan.input_plane;
+    }
+    if (quantized != nullptr) rows.quantized = quantized[image];
+    return rows;
   }
 
-  static void zero(float* to, int64_t count) { std::memset(to, 0, static_cast<size_t>(count) * sizeof(float)); }
+  // Copies from position `start` of the channels.
+  void copy_rows(float* to, const PackedRows& from, int64_t start, const RowCopy& copy) const {
+    if (kernel.kernels_.packed == 1) {
+      const float* source = from.from[0] + start;
+      if (copy.rows == 1 && copy.stride == 1 && copy.count == copy.width) {
+        std::memcpy(to, source, static_cast<size_t>(copy.count) * sizeof(float));
+      } else {
+        kernel.kernels_.copy_rows(to, source, copy);
+      }
+      return;
+    }
+    PackedRows moved = from;
+    for (const float*& channel : moved.from) {
+      if (channel != nullptr) channel += start;
+    }
+    kernel.kernels_.pack_rows(to, moved, copy);
+  }
+
+  // Elements of what stands for zero: its byte (kInt8), or zero bits.
+  static void zero(float* to, int64_t count, const Quantization& quantized) {
+    std::memset(to, quantized.zero_point, static_cast<size_t>(count) * sizeof(float));
+  }
 };
+
+// The range of the channels that are read, of each image: an image's result does not depend on the others.
+std::vector<Quantization> ConvKernel::quantize_images(const float* x, int64_t batch, int64_t plane,
+                                                      const ThreadPool& pool) const {
+  const int64_t used = static_cast<int64_t>(used_.size());
+  const int64_t per_image = std::clamp<int64_t>(used, 1, ceil_div(machine_threads() * kItemsPerThread, batch));
+  std::vector<Range> ranges(static_cast<size_t>(per_image * batch));
+  auto find = [&](size_t item) {
+    const int64_t image = static_cast<int64_t>(item) / per_image, part = static_cast<int64_t>(item) % per_image;
+    Range& range = ranges[item];
+    for (int64_t u = used * part / per_image; u < used * (part + 1) / per_image; ++u) {
+      const Source& source = used_[static_cast<size_t>(u)];
+      for (int k = 0; k < source.count; ++k) {
+        Range channel;
+        kernels_.find_range(x + (image * inputs_ + source.channel[k]) * plane, plane, &channel.low, &channel.high);
+        range.add(channel);
+      }
+    }
+  };
+  pool.run([](void* data, size_t item) { (*static_cast<decltype(find)*>(data))(item); }, ranges.size(), &find);
+  std::vector<Quantization> quantized;
+  for (int64_t image = 0; image < batch; ++image) {
+    Range all{};
+    for (int64_t part = 0; part < per_image; ++part) {
+      all.add(ranges[static_cast<size_t>(image * per_image + part)]);
+    }
+    quantized.push_back(quantization_of(all));
+  }
+  return quantized;
+}
 
 void ConvKernel::run(const float* x, const float* addend, int64_t batch, const Spatial& input, float* y,
                      const ThreadPool& pool) const {
   const std::shared_ptr<const Plan> plan = plan_for(input);
   if (batch == 0 || plan->result_plane == 0 || outputs_ == 0) return;
   Work work{*this, *plan, x, addend, y};
+  std::vector<Quantization> quantized;
+  if (kernels_.precision == Precision::kInt8) {
+    quantized = quantize_images(x, batch, plan->input_plane, pool);
+    work.quantized = quantized.data();
+  }
   work.stages = batch * static_cast<int64_t>(plan->strips.size());
   const int64_t wanted = machine_threads() * kItemsPerThread;
   const int64_t block_rows = static_cast<int64_t>(block_rows_.size());

@@ -48,6 +48,11 @@ class ConvKernel {
  private:
   struct Plan;
   struct Work;
+  // Input channels that share an element: one, or up to as many as the precision packs.
+  struct Source {
+    int64_t channel[kMostPacked];
+    int count;
+  };
   // Output rows that one call of the kernel computes together.
   struct RowGroup {
     int64_t row;  // first, in reordered order
@@ -55,7 +60,7 @@ class ConvKernel {
     int64_t weight, bias;  // offsets into weight_, bias_
   };
   struct BlockRow {
-    int64_t channel_begin, channel_count;  // into channel_
+    int64_t channel_begin, channel_count;  // into column_
     size_t group_begin, group_end;         // into groups_
   };
 
@@ -67,6 +72,7 @@ class ConvKernel {
   void add_tiles(Plan& plan, int64_t source, int64_t pixel, int64_t pixels, bool last_of_strip) const;
   int64_t choose_band_rows(int64_t rows, int64_t width) const;
   void add_masks(Plan& plan) const;
+  std::vector<Quantization> quantize_images(const float* x, int64_t batch, int64_t plane, const ThreadPool& pool) const;
 
   ConvAttributes attributes_;
   Activation activation_;
@@ -76,12 +82,13 @@ class ConvKernel {
   std::vector<BlockRow> block_rows_;
   std::vector<size_t> heaviest_first_;  // block rows by decreasing work
   std::vector<RowGroup> groups_;
-  std::vector<int64_t> channel_;      // input channel of each packed column
-  std::vector<int64_t> used_;         // input channels that any block row reads
-  std::vector<int64_t> slot_;         // position in used_ of each input channel
+  std::vector<int64_t> column_;       // position in used_ of each packed column
+  std::vector<Source> used_;          // what any block row reads
   std::vector<int64_t> output_perm_;  // output channel of each reordered row
   Buffer weight_;                     // [block row][row group][packed column][tap][row]
   Buffer bias_;                       // [row group][row]
+  Buffer row_scale_;                  // kInt8 only, as row_sum_; [row group][row]
+  std::vector<int32_t> row_sum_;
   mutable std::mutex plans_mutex_;
   mutable std::vector<std::shared_ptr<const Plan>> plans_;  // of the latest input sizes
 };

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <numeric>
 
+#include "quantize.h"
+
 namespace tetris {
 namespace {
 
@@ -11,8 +13,9 @@ constexpr int64_t kRoundBytes = 8 << 20;
 // Sample tiles that a block row's weights are used for while they are in the cache.
 constexpr int64_t kTilesPerItem = 8;
 constexpr int64_t kItemsPerThread = 4;
-// Input values that one work item packs.
-constexpr int64_t kPackColumns = 4096;
+// Elements that one work item packs, and that are packed at a time.
+constexpr int64_t kPackElements = 4096;
+constexpr int64_t kPackPart = 256;
 // Floats after the packed weights that prefetches may name.
 constexpr size_t kPrefetchPadding = 8192;
 
@@ -25,6 +28,9 @@ GemmKernel::GemmKernel(const BlockSparseWeight& weight, Activation activation, c
       kernels_(kernels),
       inputs_(weight.inputs),
       outputs_(weight.outputs),
+      block_inputs_(weight.block_inputs),
+      elements_per_block_(elements_per_block(weight, kernels.packed)),
+      elements_(inputs_ / block_inputs_ * elements_per_block_ + ceil_div(inputs_ % block_inputs_, kernels.packed)),
       input_perm_(weight.input_perm, weight.input_perm + weight.inputs),
       output_perm_(weight.output_perm, weight.output_perm + weight.outputs) {
   bool identity = true;
@@ -39,7 +45,7 @@ GemmKernel::GemmKernel(const BlockSparseWeight& weight, Activation activation, c
     block_row.run_begin = runs_.size();
     for (int64_t b = begins[static_cast<size_t>(r)]; b < begins[static_cast<size_t>(r) + 1]; ++b) {
       const int64_t column = weight.block_index[2 * b + 1];
-      const int64_t first = column * weight.block_inputs, count = weight.columns_of(column);
+      const int64_t first = column * elements_per_block_, count = ceil_div(weight.columns_of(column), kernels.packed);
       if (runs_.size() > block_row.run_begin && runs_.back().begin + runs_.back().count == first) {
         runs_.back().count += count;
       } else {
@@ -72,23 +78,45 @@ GemmKernel::GemmKernel(const BlockSparseWeight& weight, Activation activation, c
 
   weight_ = Buffer(static_cast<size_t>(weight_size) + kPrefetchPadding);
   bias_ = Buffer(static_cast<size_t>(bias_size));
+  std::vector<float> scales;
+  std::vector<int32_t> sums;
+  if (kernels.precision == Precision::kInt8) {
+    RowScales rows(weight);
+    scales = std::move(rows.scale);
+    sums = std::move(rows.sum);
+    row_scale_ = Buffer(static_cast<size_t>(bias_size));
+    row_sum_.assign(static_cast<size_t>(bias_size), 0);
+  }
   for (int64_t r = 0; r < weight.block_rows(); ++r) {
     const BlockRow& block_row = block_rows_[static_cast<size_t>(r)];
     for (size_t p = block_row.panel_begin; p < block_row.panel_end; ++p) {
       const Panel& panel = panels_[p];
       const int64_t width = panel.vectors * lanes;
-      float* bias = bias_.data() + panel.bias;
-      for (int64_t k = 0; k < width; ++k) bias[k] = k < panel.valid_rows ? weight.bias_of(panel.row + k) : 0.0F;
+      for (int64_t k = 0; k < width; ++k) {
+        const size_t to = static_cast<size_t>(panel.bias + k);
+        const bool valid = k < panel.valid_rows;
+        bias_.data()[to] = valid ? weight.bias_of(panel.row + k) : 0.0F;
+        if (scales.empty()) continue;
+        row_scale_.data()[to] = valid ? scales[static_cast<size_t>(panel.row + k)] : 0.0F;
+        row_sum_[to] = valid ? sums[static_cast<size_t>(panel.row + k)] : 0;
+      }
       const int64_t first = panel.row - r * weight.block_outputs;
       float* out = weight_.data() + panel.weight;
       for (int64_t b = begins[static_cast<size_t>(r)]; b < begins[static_cast<size_t>(r) + 1]; ++b) {
         const int64_t columns = weight.columns_of(weight.block_index[2 * b + 1]);
+        const int64_t packed = kernels.packed;
         for (int64_t k = 0; k < width; ++k) {
-          for (int64_t j = 0; j < columns; ++j) {
-            out[j * width + k] = k < panel.valid_rows ? *weight.at(b, first + k, j) : 0.0F;
+          const bool valid = k < panel.valid_rows;
+          const float scale = scales.empty() || !valid ? 1.0F : scales[static_cast<size_t>(panel.row + k)];
+          for (int64_t j = 0; j < columns; j += packed) {
+            float values[kMostPacked] = {};
+            for (int64_t i = 0; valid && i < std::min(packed, columns - j); ++i) {
+              values[i] = *weight.at(b, first + k, j + i);
+            }
+            out[j / packed * width + k] = pack_weights(kernels.precision, values, scale);
           }
         }
-        out += columns * width;
+        out += ceil_div(columns, packed) * width;
       }
     }
   }
@@ -99,13 +127,42 @@ GemmKernel::GemmKernel(const BlockSparseWeight& weight, Activation activation, c
                    [this](size_t a, size_t b) { return block_rows_[a].columns > block_rows_[b].columns; });
 }
 
-// One round of sample tiles: pack them, [input][sample] each, then multiply.
+// Packs the elements [begin, end) of a sample into to[0], to[stride], ...
+void GemmKernel::pack(const float* x, const Quantization* quantized, int64_t begin, int64_t end, int64_t stride,
+                      float* to) const {
+  const int64_t packed = kernels_.packed;
+  float values[kPackPart * kMostPacked], elements[kPackPart];
+  for (int64_t part = begin; part < end; part += kPackPart) {
+    const int64_t count = std::min(kPackPart, end - part);
+    float* value = values;
+    for (int64_t e = part; e < part + count; ++e) {
+      const int64_t block = e / elements_per_block_, first = e % elements_per_block_ * packed;
+      for (int64_t k = first; k < first + packed; ++k) {
+        const int64_t j = block * block_inputs_ + k;
+        const bool there = k < block_inputs_ && j < inputs_;
+        *value++ = !there ? 0.0F : x[input_perm_.empty() ? j : input_perm_[static_cast<size_t>(j)]];
+      }
+    }
+    const float* from = values;
+    if (packed > 1) {
+      PackedRows rows{};
+      for (int64_t k = 0; k < packed; ++k) rows.from[k] = values + k;
+      if (quantized != nullptr) rows.quantized = *quantized;
+      kernels_.pack_rows(elements, rows, {1, count, 0, count, 0, packed});
+      from = elements;
+    }
+    for (int64_t e = 0; e < count; ++e) to[(part - begin + e) * stride] = from[e];
+  }
+}
+
+// One round of sample tiles: pack them, [element][sample] each, then multiply.
 struct GemmKernel::Work {
   const GemmKernel& kernel;
   const float* x;
   float* y;
   int64_t samples, tiles, tiles_per_item;
   float* packed;  // or null: one sample, read in place
+  const Quantization* quantized;  // of each sample (kInt8)
   int64_t groups = 1, prepare_items = 0, compute_items = 0;
 
   int64_t first_sample(int64_t tile) const { return samples * tile / tiles; }
@@ -113,12 +170,10 @@ struct GemmKernel::Work {
 
   void prepare(int64_t, int64_t item) {
     const int64_t tile = item % tiles, first = first_sample(tile), count = first_sample(tile + 1) - first;
-    const int64_t begin = item / tiles * kPackColumns, end = std::min(begin + kPackColumns, kernel.inputs_);
-    const float* from = x + first * kernel.inputs_;
-    float* to = packed + first * kernel.inputs_;
-    for (int64_t j = begin; j < end; ++j) {
-      const int64_t column = kernel.input_perm_.empty() ? j : kernel.input_perm_[static_cast<size_t>(j)];
-      for (int64_t s = 0; s < count; ++s) to[j * count + s] = from[s * kernel.inputs_ + column];
+    const int64_t begin = item / tiles * kPackElements, end = std::min(begin + kPackElements, kernel.elements_);
+    for (int64_t s = 0; s < count; ++s) {
+      kernel.pack(x + (first + s) * kernel.inputs_, quantized == nullptr ? nullptr : quantized + first + s, begin, end,
+                  count, packed + first * kernel.elements_ + begin * count + s);
     }
   }
 
@@ -142,8 +197,13 @@ struct GemmKernel::Work {
       call.vectors = panel.vectors;
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t first = first_sample(tile);
-        call.x = (packed == nullptr ? x : packed) + first * kernel.inputs_;
+        call.x = packed == nullptr ? x + first * kernel.inputs_ : packed + first * kernel.elements_;
         call.y = y + first * kernel.outputs_;
+        if (quantized != nullptr) {
+          call.quantized = quantized + first;
+          call.row_scale = kernel.row_scale_.data() + panel.bias;
+          call.row_sum = kernel.row_sum_.data() + panel.bias;
+        }
         call.samples = static_cast<int>(first_sample(tile + 1) - first);
         kernel.kernels_.gemm_tile(call);
       }
@@ -155,13 +215,24 @@ void GemmKernel::run(const float* x, int64_t samples, float* y, const ThreadPool
   const int64_t rows = static_cast<int64_t>(block_rows_.size());
   if (samples == 0 || rows == 0) return;
   const int64_t largest = std::max<int64_t>(
-      kernels_.gemm_samples, kRoundBytes / (std::max<int64_t>(inputs_, 1) * static_cast<int64_t>(sizeof(float))));
+      kernels_.gemm_samples, kRoundBytes / (std::max<int64_t>(elements_, 1) * static_cast<int64_t>(sizeof(float))));
+  std::vector<Quantization> quantized;
+  if (kernels_.precision == Precision::kInt8) {
+    quantized.resize(static_cast<size_t>(samples));
+    auto find = [&](size_t s) {
+      Range range;
+      kernels_.find_range(x + static_cast<int64_t>(s) * inputs_, inputs_, &range.low, &range.high);
+      quantized[s] = quantization_of(range);
+    };
+    pool.run([](void* data, size_t s) { (*static_cast<decltype(find)*>(data))(s); }, quantized.size(), &find);
+  }
   for (int64_t done = 0; done < samples;) {
     const int64_t count = std::min(largest, samples - done);
-    Work work{*this, x + done * inputs_, y + done * outputs_, count, ceil_div(count, kernels_.gemm_samples), 1, nullptr};
-    if (count > 1 || !input_perm_.empty()) {
-      work.packed = thread_scratch<GemmKernel>(static_cast<size_t>(checked_product(count, inputs_)));
-      work.prepare_items = work.tiles * ceil_div(inputs_, kPackColumns);
+    Work work{*this, x + done * inputs_, y + done * outputs_, count, ceil_div(count, kernels_.gemm_samples), 1, nullptr,
+              quantized.empty() ? nullptr : quantized.data() + done};
+    if (count > 1 || !input_perm_.empty() || kernels_.packed > 1) {
+      work.packed = thread_scratch<GemmKernel>(static_cast<size_t>(checked_product(count, elements_)));
+      work.prepare_items = work.tiles * ceil_div(elements_, kPackElements);
     }
     const int64_t items = machine_threads() * kItemsPerThread;
     work.tiles_per_item = std::clamp<int64_t>(work.tiles * rows / items, 1, kTilesPerItem);

@@ -23,6 +23,7 @@ class GemmKernel {
 
  private:
   struct Work;
+  void pack(const float* x, const Quantization* quantized, int64_t begin, int64_t end, int64_t stride, float* to) const;
   // Output rows that one call of the kernel computes together: vectors * lanes of them, padded.
   struct Panel {
     int64_t row;  // first, in reordered order
@@ -39,14 +40,17 @@ class GemmKernel {
   Activation activation_;
   const KernelSet& kernels_;
   int64_t inputs_, outputs_;
+  int64_t block_inputs_, elements_per_block_, elements_;  // elements_: of a packed sample
   std::vector<BlockRow> block_rows_;
   std::vector<size_t> heaviest_first_;  // block rows by decreasing work
   std::vector<Run> runs_;
   std::vector<Panel> panels_;
   std::vector<int64_t> input_perm_;  // empty if it is the identity
   std::vector<int64_t> output_perm_;
-  Buffer weight_;  // [block row][panel][kept column][row]
+  Buffer weight_;  // [block row][panel][kept element][row]
   Buffer bias_;    // [panel][row]
+  Buffer row_scale_;  // kInt8 only, as row_sum_; [panel][row]
+  std::vector<int32_t> row_sum_;
 };
 
 }  // namespace tetris

@@ -1,14 +1,19 @@
 // The kernels, once, for any vector type.
 //
 // Included by one .cc file per instruction set, after a struct `V` (the vector traits) in an unnamed namespace:
-//   Vec, Mask, kLanes, kConvRows, kConvVectors, kGemmSamples, kGemmVectors,
-//   load, store, zero, set1, fma(a, b, c) = a * b + c, max, min (both return the second argument if one is NaN),
+//   kPrecision, Vec, Mask, kLanes, kConvRows, kConvVectors, kGemmSamples, kGemmVectors,
+//   Sum, what fma gives: Vec, or with kInt8 a vector of integers, with sum_set1(i), sum_start(p, i) = -i * p[lane] and
+//   to_float(sum, scale, c) = sum * scale + c; mul, set1_bytes(i),
+//   load, store, zero, set1, fma(w, x, c) = w * x + c (w: a weight), max, min (both return the second argument if one is
+//   NaN),
 //   max_nan(a, b) (NaN if one is), max_pairs(a, b) (of the lanes 2i and 2i + 1 of the two vectors in a row, likewise),
 //   expand(bits) -> Mask, load_masked(p, mask) (touches no masked-out float, gives 0 there),
 //   mask_input(x, mask) and fma_masked(w, x, acc, mask): together acc + w * x in the lanes of the mask, acc elsewhere
 //   (an instruction set masks either the input, once per load, or, with kMasksMultiplication, the multiplication),
 //   copy_rows(to, from, copy): see RowCopy; kTailPixels and, if it is not 0, RowVec, a vector of kConvRows lanes, with
-//   row_load, row_store, row_zero, row_add, row_fma(a, b, c) = a * b + c for a number a.
+//   row_load, row_store, row_add, row_fma(a, b, c) = a * b + c for a number a; RowSum like Sum.
+// With kBFloat16 and kInt8 the "numbers" that are multiplied are elements of several channels (Precision), and
+// pack_rows stands for copy_rows; mask_input gets the element that stands for zeros, as `outside`.
 // Everything is in an unnamed namespace and no standard library template is used: see kernels.h.
 //
 // Convolution: vectors run over flattened output pixels, so NCHW tensors are read and written as they are. A tile's
@@ -45,15 +50,45 @@ TETRIS_INLINE typename V::Vec clip(typename V::Vec v, typename V::Vec low, typen
   return V::min(high, V::max(low, v));
 }
 
+// What the sums of row r start with.
+template <class Traits>
+TETRIS_INLINE typename Traits::Sum conv_start(const ConvTile& tile, int r) {
+  if constexpr (Traits::kPrecision == Precision::kInt8) {
+    return Traits::sum_set1(-tile.zero_point * tile.row_sum[r]);
+  } else {
+    return Traits::set1(tile.bias[r]);
+  }
+}
+
+// The numbers that the sums of row r stand for.
+template <class Traits>
+TETRIS_INLINE typename Traits::Vec conv_finish(const ConvTile& tile, int r, typename Traits::Sum sum) {
+  if constexpr (Traits::kPrecision == Precision::kInt8) {
+    return Traits::to_float(sum, Traits::set1(tile.x_scale * tile.row_scale[r]), Traits::set1(tile.bias[r]));
+  } else {
+    return sum;
+  }
+}
+
+// The element that stands for zeros.
+template <class Traits>
+TETRIS_INLINE typename Traits::Vec outside_of(const ConvTile& tile) {
+  if constexpr (Traits::kPrecision == Precision::kInt8) {
+    return Traits::set1_bytes(tile.zero_point);
+  } else {
+    return Traits::zero();
+  }
+}
+
 // One tap of one channel: acc[r][v] += w[r] * row[v], in the lanes of the masks.
 template <bool Masked, int Rows, int Vectors>
-TETRIS_INLINE void add_tap(typename V::Vec (&acc)[Rows][Vectors], const float* row, const float* w,
-                           const typename V::Mask (&mask)[Vectors]) {
+TETRIS_INLINE void add_tap(typename V::Sum (&acc)[Rows][Vectors], const float* row, const float* w,
+                           const typename V::Mask (&mask)[Vectors], typename V::Vec outside) {
   typename V::Vec in[Vectors];
   TETRIS_UNROLL
   for (int v = 0; v < Vectors; ++v) {
     in[v] = V::load(row + v * V::kLanes);
-    if constexpr (Masked) in[v] = V::mask_input(in[v], mask[v]);
+    if constexpr (Masked) in[v] = V::mask_input(in[v], mask[v], outside);
   }
   TETRIS_UNROLL
   for (int r = 0; r < Rows; ++r) {
@@ -69,12 +104,13 @@ template <int Rows, int Vectors, TapMode Mode>
 void conv_tile_impl(const ConvTile& tile) {
   using Vec = typename V::Vec;
   constexpr int kRowBytes = Vectors * V::kLanes * 4 + 64;  // of input in a tile, not aligned
-  Vec acc[Rows][Vectors];
+  typename V::Sum acc[Rows][Vectors];
   TETRIS_UNROLL
   for (int r = 0; r < Rows; ++r) {
     TETRIS_UNROLL
-    for (int v = 0; v < Vectors; ++v) acc[r][v] = V::set1(tile.bias[r]);
+    for (int v = 0; v < Vectors; ++v) acc[r][v] = conv_start<V>(tile, r);
   }
+  const Vec outside = outside_of<V>(tile);
   // Of the taps left of, on and right of the pixel.
   typename V::Mask side[3][Vectors];
   if constexpr (Mode == TapMode::kSideMasked) {
@@ -110,13 +146,13 @@ void conv_tile_impl(const ConvTile& tile) {
         TETRIS_PREFETCH_L2(w + kConvPrefetch);
         TETRIS_PREFETCH_L2(w + kConvPrefetch + 16);
         if constexpr (V::kMasksMultiplication) {
-          add_tap<true>(acc, x + tap_offset[t], w, side[0]);
-          add_tap<false>(acc, x + tap_offset[t + 1], w + Rows, side[1]);
-          add_tap<true>(acc, x + tap_offset[t + 2], w + 2 * Rows, side[2]);
+          add_tap<true>(acc, x + tap_offset[t], w, side[0], outside);
+          add_tap<false>(acc, x + tap_offset[t + 1], w + Rows, side[1], outside);
+          add_tap<true>(acc, x + tap_offset[t + 2], w + 2 * Rows, side[2], outside);
         } else {
           // One body for the three taps: three would not fit into 16 registers.
           TETRIS_NO_UNROLL
-          for (int k = 0; k < 3; ++k) add_tap<true>(acc, x + tap_offset[t + k], w + k * Rows, side[k]);
+          for (int k = 0; k < 3; ++k) add_tap<true>(acc, x + tap_offset[t + k], w + k * Rows, side[k], outside);
         }
         w += 3 * Rows;
       }
@@ -126,7 +162,7 @@ void conv_tile_impl(const ConvTile& tile) {
         const float* row = x + tap_offset[t];
         TETRIS_PREFETCH_L2(w + kConvPrefetch);
         if constexpr (Mode == TapMode::kPlain) {
-          add_tap<false>(acc, row, w, side[0]);
+          add_tap<false>(acc, row, w, side[0], outside);
         } else {
           Vec in[Vectors];
           TETRIS_UNROLL
@@ -148,24 +184,27 @@ void conv_tile_impl(const ConvTile& tile) {
   for (int r = 0; r < Rows; ++r) {
     if (r < tile.valid_rows) {
       float* y = tile.y + tile.row_offset[r];
+      Vec out[Vectors];
+      TETRIS_UNROLL
+      for (int v = 0; v < Vectors; ++v) out[v] = conv_finish<V>(tile, r, acc[r][v]);
       if (tile.addend != nullptr) {
         const float* addend = tile.addend + tile.row_offset[r];
         TETRIS_UNROLL
-        for (int v = 0; v + 1 < Vectors; ++v) acc[r][v] = V::add(acc[r][v], V::load(addend + v * V::kLanes));
+        for (int v = 0; v + 1 < Vectors; ++v) out[v] = V::add(out[v], V::load(addend + v * V::kLanes));
         addend += (Vectors - 1) * V::kLanes;
         if (tile.last_lanes == V::kLanes) {
-          acc[r][Vectors - 1] = V::add(acc[r][Vectors - 1], V::load(addend));
+          out[Vectors - 1] = V::add(out[Vectors - 1], V::load(addend));
         } else {
           float lanes[V::kLanes] = {};
           TETRIS_NO_UNROLL
           for (int lane = 0; lane < tile.last_lanes; ++lane) lanes[lane] = addend[lane];
-          acc[r][Vectors - 1] = V::add(acc[r][Vectors - 1], V::load(lanes));
+          out[Vectors - 1] = V::add(out[Vectors - 1], V::load(lanes));
         }
       }
       TETRIS_UNROLL
-      for (int v = 0; v + 1 < Vectors; ++v) V::store(y + v * V::kLanes, clip(acc[r][v], low, high));
+      for (int v = 0; v + 1 < Vectors; ++v) V::store(y + v * V::kLanes, clip(out[v], low, high));
       y += (Vectors - 1) * V::kLanes;
-      const Vec last = clip(acc[r][Vectors - 1], low, high);
+      const Vec last = clip(out[Vectors - 1], low, high);
       if (tile.last_lanes == V::kLanes) {
         V::store(y, last);
       } else {
@@ -183,12 +222,16 @@ template <class Traits, int Pixels>
 void conv_tail_impl(const ConvTile& tile) {
   using RowVec = typename Traits::RowVec;
   constexpr int kUnroll = 4;  // sums that do not wait for each other
-  RowVec acc[kUnroll][Pixels];
+  typename Traits::RowSum acc[kUnroll][Pixels];
   TETRIS_UNROLL
   for (int p = 0; p < Pixels; ++p) {
-    acc[0][p] = Traits::row_load(tile.bias);
+    if constexpr (Traits::kPrecision == Precision::kInt8) {
+      acc[0][p] = Traits::row_sum_start(tile.row_sum, tile.zero_point);
+    } else {
+      acc[0][p] = Traits::row_load(tile.bias);
+    }
     TETRIS_UNROLL
-    for (int u = 1; u < kUnroll; ++u) acc[u][p] = Traits::row_zero();
+    for (int u = 1; u < kUnroll; ++u) acc[u][p] = typename Traits::RowSum{};
   }
   const float* w = tile.weight;
   const int64_t* tap_offset = tile.tap_offset;
@@ -231,7 +274,13 @@ void conv_tail_impl(const ConvTile& tile) {
   TETRIS_UNROLL
   for (int p = 0; p < Pixels; ++p) {
     float out[Traits::kConvRows];
-    Traits::row_store(out, Traits::row_add(Traits::row_add(acc[0][p], acc[1][p]), Traits::row_add(acc[2][p], acc[3][p])));
+    const auto sum = Traits::row_add(Traits::row_add(acc[0][p], acc[1][p]), Traits::row_add(acc[2][p], acc[3][p]));
+    if constexpr (Traits::kPrecision == Precision::kInt8) {
+      const RowVec scale = Traits::row_times(tile.x_scale, Traits::row_load(tile.row_scale));
+      Traits::row_store(out, Traits::row_to_float(sum, scale, Traits::row_load(tile.bias)));
+    } else {
+      Traits::row_store(out, sum);
+    }
     TETRIS_NO_UNROLL
     for (int r = 0; r < tile.valid_rows; ++r) {
       if (tile.addend != nullptr) out[r] += tile.addend[tile.row_offset[r] + p];
@@ -289,19 +338,41 @@ void conv_tile(const ConvTile& tile) {
   conv_tile_vectors<1>(tile);
 }
 
+// What the sums of sample s and the outputs from `first` on start with, and the numbers that they stand for.
+template <class Traits>
+TETRIS_INLINE typename Traits::Sum gemm_start(const GemmTile& tile, int s, int first) {
+  if constexpr (Traits::kPrecision == Precision::kInt8) {
+    return Traits::sum_start(tile.row_sum + first, tile.quantized[s].zero_point);
+  } else {
+    return Traits::load(tile.bias + first);
+  }
+}
+
+template <class Traits>
+TETRIS_INLINE typename Traits::Vec gemm_finish(const GemmTile& tile, int s, int first, typename Traits::Sum sum) {
+  if constexpr (Traits::kPrecision == Precision::kInt8) {
+    const auto scale = Traits::mul(Traits::set1(tile.quantized[s].scale), Traits::load(tile.row_scale + first));
+    return Traits::to_float(sum, scale, Traits::load(tile.bias + first));
+  } else {
+    return sum;
+  }
+}
+
 template <int Samples, int Vectors>
 void gemm_tile_impl(const GemmTile& tile) {
   using Vec = typename V::Vec;
   constexpr int kWidth = Vectors * V::kLanes;
   // A single sample has too few accumulators to hide the latency of an addition: four channels at a time.
   constexpr int kUnroll = Samples == 1 ? 4 : 1;
-  Vec acc[kUnroll][Samples][Vectors];
+  typename V::Sum acc[kUnroll][Samples][Vectors];
   TETRIS_UNROLL
   for (int u = 0; u < kUnroll; ++u) {
     TETRIS_UNROLL
     for (int s = 0; s < Samples; ++s) {
       TETRIS_UNROLL
-      for (int v = 0; v < Vectors; ++v) acc[u][s][v] = u == 0 ? V::load(tile.bias + v * V::kLanes) : V::zero();
+      for (int v = 0; v < Vectors; ++v) {
+        acc[u][s][v] = u == 0 ? gemm_start<V>(tile, s, v * V::kLanes) : typename V::Sum{};
+      }
     }
   }
   const float* w = tile.weight;
@@ -324,7 +395,7 @@ void gemm_tile_impl(const GemmTile& tile) {
         for (int s = 0; s < Samples; ++s) {
           const Vec in = V::set1(x[u * Samples + s]);
           TETRIS_UNROLL
-          for (int v = 0; v < Vectors; ++v) acc[u][s][v] = V::fma(in, weight[v], acc[u][s][v]);
+          for (int v = 0; v < Vectors; ++v) acc[u][s][v] = V::fma(weight[v], in, acc[u][s][v]);
         }
       }
       x += kUnroll * Samples;
@@ -334,7 +405,7 @@ void gemm_tile_impl(const GemmTile& tile) {
       TETRIS_NO_UNROLL
       for (; i < count; ++i) {
         TETRIS_UNROLL
-        for (int v = 0; v < Vectors; ++v) acc[0][0][v] = V::fma(V::set1(*x), V::load(w + v * V::kLanes), acc[0][0][v]);
+        for (int v = 0; v < Vectors; ++v) acc[0][0][v] = V::fma(V::load(w + v * V::kLanes), V::set1(*x), acc[0][0][v]);
         x += 1;
         w += kWidth;
       }
@@ -346,10 +417,10 @@ void gemm_tile_impl(const GemmTile& tile) {
     float out[kWidth];
     TETRIS_UNROLL
     for (int v = 0; v < Vectors; ++v) {
-      Vec sum = acc[0][s][v];
+      typename V::Sum sum = acc[0][s][v];
       TETRIS_UNROLL
       for (int u = 1; u < kUnroll; ++u) sum = V::add(sum, acc[u][s][v]);
-      V::store(out + v * V::kLanes, clip(sum, low, high));
+      V::store(out + v * V::kLanes, clip(gemm_finish<V>(tile, s, v * V::kLanes, sum), low, high));
     }
     float* y = tile.y + s * tile.sample_stride;
     if (tile.contiguous) {
@@ -400,18 +471,29 @@ void pool_rows(const PoolRows& pool) {
   }
 }
 
+template <class Traits>
 constexpr KernelSet make_kernel_set(const char* name) {
-  return {name,
-          V::kLanes,
-          V::kConvRows,
-          V::kConvVectors,
-          V::kTailPixels,
-          V::kGemmSamples,
-          V::kGemmVectors,
-          conv_tile<V>,
-          gemm_tile,
-          V::copy_rows,
-          pool_rows};
+  KernelSet set{};
+  set.name = name;
+  set.precision = Traits::kPrecision;
+  set.packed = 1;
+  set.lanes = Traits::kLanes;
+  set.conv_rows = Traits::kConvRows;
+  set.conv_vectors = Traits::kConvVectors;
+  set.tail_pixels = Traits::kTailPixels;
+  set.gemm_samples = Traits::kGemmSamples;
+  set.gemm_vectors = Traits::kGemmVectors;
+  set.conv_tile = conv_tile<Traits>;
+  set.gemm_tile = gemm_tile;
+  set.pool_rows = pool_rows;
+  if constexpr (Traits::kPrecision == Precision::kFloat32) {
+    set.copy_rows = Traits::copy_rows;
+  } else {
+    set.packed = Traits::kPacked;
+    set.pack_rows = Traits::pack_rows;
+    if constexpr (Traits::kPrecision == Precision::kInt8) set.find_range = Traits::find_range;
+  }
+  return set;
 }
 
 }  // namespace

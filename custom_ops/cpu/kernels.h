@@ -8,6 +8,22 @@
 
 namespace tetris {
 
+// What the products are computed in. Sums, bias, activation and all tensors are float32.
+//   kFloat32;
+//   kBFloat16: weights and inputs are rounded to bfloat16 (to the nearest, ties to even);
+//   kInt8: weights are signed bytes, symmetric, with a scale for each output channel; inputs are unsigned bytes with a scale
+//     and a zero point; the sums are exact integers.
+// Vectors of 32-bit elements hold one, two or four input channels each, which one instruction multiplies and adds up:
+// everything but the arithmetic is the same for all three.
+enum class Precision : int { kFloat32, kBFloat16, kInt8 };
+constexpr int kMostPacked = 4;
+
+// How bytes stand for numbers (kInt8): x = scale * (byte - zero_point).
+struct Quantization {
+  float scale, inverse;  // inverse: 1 / scale
+  int32_t zero_point;
+};
+
 // How a convolution tile reads its taps.
 enum class TapMode : int {
   kPlain,        // every load lies inside the source
@@ -19,6 +35,8 @@ enum class TapMode : int {
 // One tile of a convolution: `rows` output channels x `vectors` vectors of flattened output pixels.
 //   y[r][p] = clip(bias[r] + addend[r][p] + sum over i < channels, t < taps of
 //                  weight[i][t][r] * x[channel_offset[i] + tap_offset[t] + p], low, high)
+// The elements of x and weight are those of the kernel's precision: an i is one, two or four input channels.
+// kInt8: the sum s of the bytes' products stands for x_scale * row_scale[r] * (s - zero_point * row_sum[r]).
 struct ConvTile {
   const float* x;
   const int64_t* channel_offset;
@@ -38,6 +56,10 @@ struct ConvTile {
   TapMode mode;
   int distant_taps;  // kSideMasked: how many of the three lie in cache lines of their own
   float low, high;
+  const float* row_scale;  // kInt8 only, as the next three; [rows]
+  const int32_t* row_sum;  // [rows], of the weight's bytes
+  float x_scale;
+  int32_t zero_point;
 };
 
 constexpr int kMostTailPixels = 8;
@@ -49,6 +71,7 @@ struct Run {
 
 // One tile of a matrix product: `samples` input vectors x up to `vectors` vectors of output channels.
 //   y[s][row_index[o]] = clip(bias[o] + sum over the runs' i of weight[i][o] * x[i][s], low, high)
+// Elements and kInt8 as in ConvTile.
 struct GemmTile {
   const float* x;  // [input channel][samples]
   const Run* runs;
@@ -63,6 +86,9 @@ struct GemmTile {
   int vectors;  // 1 or KernelSet::gemm_vectors
   int samples;  // 1 to KernelSet::gemm_samples
   float low, high;
+  const float* row_scale;         // kInt8 only, as the next two; [vectors * lanes]
+  const int32_t* row_sum;         // [vectors * lanes]
+  const Quantization* quantized;  // [samples]
 };
 
 // Copies rows: to[r * width + before + i] = from[r * from_stride + i * stride] for i < count, zeros elsewhere in the
@@ -81,15 +107,28 @@ struct PoolRows {
   int64_t rows, width;  // of `to`
 };
 
+// Source rows of the channels that share an element: channel k's is at `from[k]`, null for one that is not there (of a
+// block of odd width; its weights are zero).
+struct PackedRows {
+  const float* from[kMostPacked];
+  Quantization quantized;  // kInt8 only
+};
+
 struct KernelSet {
   const char* name;
+  Precision precision;
+  int packed;  // input channels in a 32-bit element: 1, 2 (kBFloat16) or 4 (kInt8)
   int lanes;
   int conv_rows, conv_vectors;
   int tail_pixels;  // 0: no kTail; at most kMostTailPixels
   int gemm_samples, gemm_vectors;
   void (*conv_tile)(const ConvTile& tile);
   void (*gemm_tile)(const GemmTile& tile);
-  void (*copy_rows)(float* to, const float* from, const RowCopy& copy);
+  void (*copy_rows)(float* to, const float* from, const RowCopy& copy);  // kFloat32 only
+  // As copy_rows, for the other precisions: rounds and packs; what is outside is the element that stands for zeros.
+  void (*pack_rows)(float* to, const PackedRows& rows, const RowCopy& copy);
+  // kInt8 only: the least and the largest of `count` numbers, and 0; NaN if one of them is.
+  void (*find_range)(const float* x, int64_t count, float* low, float* high);
   void (*pool_rows)(const PoolRows& pool);
 };
 
@@ -97,10 +136,13 @@ struct KernelSet {
 const KernelSet& scalar_kernels();
 const KernelSet& avx2_kernels();
 const KernelSet& avx512_kernels();
+const KernelSet& avx512_bf16_kernels();
+const KernelSet& avx512_vnni_kernels();
 const KernelSet& neon_kernels();
 
-// The best kernels for this processor, or those that the environment variable TETRIS_ONNX_ISA names
-// (scalar, avx2, avx512, neon). Throws std::invalid_argument when it names something unknown or not supported here.
-const KernelSet& select_kernels();
+// The best kernels of the precision for this processor, or of float32 where it has none of that precision. The environment
+// variable TETRIS_ONNX_ISA names the best to use (scalar, avx2, avx512, avx512_vnni, avx512_bf16; scalar, neon). Throws
+// std::invalid_argument when it names something unknown or not supported here.
+const KernelSet& select_kernels(Precision precision = Precision::kFloat32);
 
 }  // namespace tetris

@@ -11,6 +11,8 @@ void copy_row_end(float* to, const float* from, const RowCopy& copy, int64_t i);
 struct V {
   using Vec = __m256;
   using Mask = __m256i;
+  using Sum = Vec;
+  static constexpr Precision kPrecision = Precision::kFloat32;
   static constexpr int kLanes = 8, kConvRows = 4, kConvVectors = 3, kTailPixels = 2, kGemmSamples = 6, kGemmVectors = 2;
   static constexpr bool kMasksMultiplication = false;
   static Vec zero() { return _mm256_setzero_ps(); }
@@ -32,7 +34,7 @@ struct V {
     return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane_bit), lane_bit);
   }
   static Vec load_masked(const float* p, Mask mask) { return _mm256_maskload_ps(p, mask); }
-  static Vec mask_input(Vec x, Mask mask) { return _mm256_and_ps(x, _mm256_castsi256_ps(mask)); }
+  static Vec mask_input(Vec x, Mask mask, Vec) { return _mm256_and_ps(x, _mm256_castsi256_ps(mask)); }
   static Vec fma_masked(Vec w, Vec x, Vec acc, Mask) { return fma(w, x, acc); }
   static void copy_rows(float* to, const float* from, const RowCopy& copy) {
     for (int64_t r = 0; r < copy.rows; ++r, to += copy.width, from += copy.from_stride) {
@@ -52,7 +54,7 @@ struct V {
   }
 
   using RowVec = __m128;
-  static RowVec row_zero() { return _mm_setzero_ps(); }
+  using RowSum = RowVec;
   static RowVec row_load(const float* p) { return _mm_loadu_ps(p); }
   static void row_store(float* p, RowVec a) { _mm_storeu_ps(p, a); }
   static RowVec row_add(RowVec a, RowVec b) { return _mm_add_ps(a, b); }
@@ -67,7 +69,7 @@ struct V {
 namespace tetris {
 
 const KernelSet& avx2_kernels() {
-  static constexpr KernelSet kSet = make_kernel_set("avx2");
+  static constexpr KernelSet kSet = make_kernel_set<V>("avx2");
   return kSet;
 }
 

@@ -11,6 +11,8 @@ void copy_row_end(float* to, const float* from, const RowCopy& copy, int64_t i);
 struct V {
   using Vec = float32x4_t;
   using Mask = uint32x4_t;
+  using Sum = Vec;
+  static constexpr Precision kPrecision = Precision::kFloat32;
   static constexpr int kLanes = 4, kConvRows = 8, kConvVectors = 3, kTailPixels = 0, kGemmSamples = 6, kGemmVectors = 4;
   static constexpr bool kMasksMultiplication = false;
   static Vec zero() { return vdupq_n_f32(0.0F); }
@@ -35,7 +37,7 @@ struct V {
     for (int i = 0; i < 4; ++i) lanes[i] = on[i] != 0 ? p[i] : 0.0F;
     return vld1q_f32(lanes);
   }
-  static Vec mask_input(Vec x, Mask mask) { return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(x), mask)); }
+  static Vec mask_input(Vec x, Mask mask, Vec) { return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(x), mask)); }
   static Vec fma_masked(Vec w, Vec x, Vec acc, Mask) { return fma(w, x, acc); }
   static void copy_rows(float* to, const float* from, const RowCopy& copy) {
     for (int64_t r = 0; r < copy.rows; ++r, to += copy.width, from += copy.from_stride) {
@@ -60,7 +62,7 @@ struct V {
 namespace tetris {
 
 const KernelSet& neon_kernels() {
-  static constexpr KernelSet kSet = make_kernel_set("neon");
+  static constexpr KernelSet kSet = make_kernel_set<V>("neon");
   return kSet;
 }
 

@@ -9,6 +9,8 @@ void copy_row_end(float* to, const float* from, const RowCopy& copy, int64_t i);
 struct V {
   using Vec = float;
   using Mask = bool;
+  using Sum = Vec;
+  static constexpr Precision kPrecision = Precision::kFloat32;
   static constexpr int kLanes = 1, kConvRows = 4, kConvVectors = 3, kTailPixels = 0, kGemmSamples = 3, kGemmVectors = 4;
   static constexpr bool kMasksMultiplication = false;
   static Vec zero() { return 0.0F; }
@@ -23,7 +25,7 @@ struct V {
   static Vec max_pairs(Vec a, Vec b) { return max_nan(a, b); }
   static Mask expand(uint32_t bits) { return (bits & 1U) != 0; }
   static Vec load_masked(const float* p, Mask mask) { return mask ? *p : 0.0F; }
-  static Vec mask_input(Vec x, Mask mask) { return mask ? x : 0.0F; }
+  static Vec mask_input(Vec x, Mask mask, Vec) { return mask ? x : 0.0F; }
   static Vec fma_masked(Vec w, Vec x, Vec acc, Mask) { return fma(w, x, acc); }
   static void copy_rows(float* to, const float* from, const RowCopy& copy) {
     for (int64_t r = 0; r < copy.rows; ++r) {
@@ -40,7 +42,7 @@ struct V {
 namespace tetris {
 
 const KernelSet& scalar_kernels() {
-  static constexpr KernelSet kSet = make_kernel_set("scalar");
+  static constexpr KernelSet kSet = make_kernel_set<V>("scalar");
   return kSet;
 }
 

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <numeric>
 #include <random>
@@ -14,6 +15,7 @@
 
 #include "cpu/conv.h"
 #include "cpu/gemm.h"
+#include "cpu/quantize.h"
 
 namespace {
 
@@ -51,13 +53,15 @@ struct Random {
 struct Weight {
   std::vector<float> blocks, bias, dense;  // dense: [outputs][inputs][taps]
   std::vector<int64_t> index, input_perm, output_perm;
+  std::vector<bool> used;  // input channels in a kept block
   tetris::BlockSparseWeight view{};
 
   Weight(Random& random, int64_t outputs, int64_t inputs, int64_t taps)
       : bias(random.values(outputs)),
         dense(static_cast<size_t>(outputs * inputs * taps), 0.0F),
         input_perm(random.permutation(inputs)),
-        output_perm(random.permutation(outputs)) {
+        output_perm(random.permutation(outputs)),
+        used(static_cast<size_t>(inputs), false) {
     const int64_t bo = random.to(1, 40), bi = random.to(1, 40);
     for (int64_t r = 0; r * bo < outputs; ++r) {
       for (int64_t c = 0; c * bi < inputs; ++c) {
@@ -70,6 +74,9 @@ struct Weight {
             std::copy_n(block.begin() + (i * bi + j) * taps, taps, dense.begin() + to * taps);
           }
         }
+        for (int64_t j = c * bi; j < std::min((c + 1) * bi, inputs); ++j) {
+          used[static_cast<size_t>(input_perm[static_cast<size_t>(j)])] = true;
+        }
         blocks.insert(blocks.end(), block.begin(), block.end());
         index.insert(index.end(), {r, c});
       }
@@ -80,6 +87,44 @@ struct Weight {
             output_perm.data(), bias.data()};
   }
 };
+
+float bfloat16(float value) {
+  const uint32_t bits = tetris::to_bfloat16(value) << 16;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// What the kernels make of the weights, in place: `count` of them to an output channel.
+void round_weights(tetris::Precision precision, std::vector<float>& dense, int64_t count) {
+  for (size_t row = 0; row < dense.size(); row += static_cast<size_t>(count)) {
+    float most = 0;
+    for (int64_t i = 0; i < count; ++i) most = std::max(most, std::abs(dense[row + static_cast<size_t>(i)]));
+    const float scale = most > 0 ? most / 127 : 1;
+    for (int64_t i = 0; i < count; ++i) {
+      float& w = dense[row + static_cast<size_t>(i)];
+      if (precision == tetris::Precision::kBFloat16) w = bfloat16(w);
+      if (precision == tetris::Precision::kInt8) w = std::nearbyint(w / scale) * scale;
+    }
+  }
+}
+
+// And of the inputs of one image or sample: `used` says which count for the range of the bytes.
+template <class Used>
+void round_inputs(tetris::Precision precision, float* x, int64_t count, Used used) {
+  float low = 0, high = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (used(i)) low = std::min(low, x[i]), high = std::max(high, x[i]);
+  }
+  float scale = high / 255 - low / 255;
+  if (scale == 0) scale = 1;
+  const float zero_point = std::nearbyint(-low / scale), inverse = 1 / scale;
+  for (int64_t i = 0; i < count; ++i) {
+    if (precision == tetris::Precision::kBFloat16) x[i] = bfloat16(x[i]);
+    if (precision == tetris::Precision::kInt8) {
+      x[i] = scale * std::clamp(std::nearbyint(x[i] * inverse), -zero_point, 255 - zero_point);
+    }
+  }
+}
 
 // The largest difference, relative to the largest value.
 double difference(const std::vector<float>& y, const std::vector<double>& expected) {
@@ -120,7 +165,7 @@ double check_conv(Random& random, const tetris::KernelSet& kernels) {
   }
   const int64_t batch = random.to(1, 2), inputs = random.to(1, 30), outputs = random.to(1, 30);
   const int64_t taps = a.kernel[0] * a.kernel[1] * a.kernel[2];
-  const Weight weight(random, outputs, inputs, taps);
+  Weight weight(random, outputs, inputs, taps);
   const Spatial out = tetris::conv_output_size(a, size);
   const bool can_pool = out[1] == 1 && out[0] > 1 && out[2] > 1 && size[1] == 1 && a.kernel[1] == 1;
   const int64_t choice = random.to(0, can_pool ? 2 : 1);
@@ -129,6 +174,12 @@ double check_conv(Random& random, const tetris::KernelSet& kernels) {
                                             : tetris::Fused::kMaxPool;
   const int64_t plane = size[0] * size[1] * size[2], out_plane = out[0] * out[1] * out[2];
   const std::vector<float> x = random.values(batch * inputs * plane);
+  std::vector<float> rounded = x;
+  round_weights(kernels.precision, weight.dense, inputs * taps);
+  for (int64_t n = 0; n < batch; ++n) {
+    round_inputs(kernels.precision, rounded.data() + n * inputs * plane, inputs * plane,
+                 [&](int64_t i) { return weight.used[static_cast<size_t>(i / plane)]; });
+  }
   std::vector<double> expected(static_cast<size_t>(batch * outputs * out_plane));
   const std::vector<float> addend = random.values(fused == tetris::Fused::kAdd ? batch * outputs * out_plane : 0);
   for (int64_t n = 0; n < batch; ++n) {
@@ -147,7 +198,7 @@ double check_conv(Random& random, const tetris::KernelSet& kernels) {
           }
           for (int64_t c = 0; inside && c < inputs; ++c) {
             sum += static_cast<double>(weight.dense[static_cast<size_t>((o * inputs + c) * taps + t)]) *
-                   x[static_cast<size_t>((n * inputs + c) * plane + from)];
+                   rounded[static_cast<size_t>((n * inputs + c) * plane + from)];
           }
         }
         const size_t at = static_cast<size_t>((n * outputs + o) * out_plane + p);
@@ -165,15 +216,20 @@ double check_conv(Random& random, const tetris::KernelSet& kernels) {
 
 double check_gemm(Random& random, const tetris::KernelSet& kernels) {
   const int64_t samples = random.to(1, 30), inputs = random.to(1, 90), outputs = random.to(1, 90);
-  const Weight weight(random, outputs, inputs, 1);
+  Weight weight(random, outputs, inputs, 1);
   const std::vector<float> x = random.values(samples * inputs);
+  std::vector<float> rounded = x;
+  round_weights(kernels.precision, weight.dense, inputs);
+  for (int64_t s = 0; s < samples; ++s) {
+    round_inputs(kernels.precision, rounded.data() + s * inputs, inputs, [](int64_t) { return true; });
+  }
   std::vector<double> expected(static_cast<size_t>(samples * outputs));
   for (int64_t s = 0; s < samples; ++s) {
     for (int64_t o = 0; o < outputs; ++o) {
       double sum = weight.bias[static_cast<size_t>(o)];
       for (int64_t c = 0; c < inputs; ++c) {
         sum += static_cast<double>(weight.dense[static_cast<size_t>(o * inputs + c)]) *
-               x[static_cast<size_t>(s * inputs + c)];
+               rounded[static_cast<size_t>(s * inputs + c)];
       }
       expected[static_cast<size_t>(s * outputs + o)] = std::clamp(sum, -20.0, 90.0);
     }
@@ -187,12 +243,17 @@ double check_gemm(Random& random, const tetris::KernelSet& kernels) {
 
 int main(int argc, char** argv) {
   const int count = argc > 1 ? std::atoi(argv[1]) : 300;
-  const tetris::KernelSet& kernels = tetris::select_kernels();
-  Random random;
-  double worst = 0;
-  for (int i = 0; i < count; ++i) {
-    worst = std::max({worst, check_conv(random, kernels), check_gemm(random, kernels)});
+  double most = 0;
+  for (const auto precision : {tetris::Precision::kFloat32, tetris::Precision::kBFloat16, tetris::Precision::kInt8}) {
+    const tetris::KernelSet& kernels = tetris::select_kernels(precision);
+    if (kernels.precision != precision) continue;  // the processor has none
+    Random random;
+    double worst = 0;
+    for (int i = 0; i < count; ++i) {
+      worst = std::max({worst, check_conv(random, kernels), check_gemm(random, kernels)});
+    }
+    std::printf("%s: %d convolutions and products, largest relative difference %.1e\n", kernels.name, count, worst);
+    most = std::max(most, worst);
   }
-  std::printf("%s: %d convolutions and products, largest relative difference %.1e\n", kernels.name, count, worst);
-  return worst < 1e-5 ? 0 : 1;  // float32 sums of some hundred products
+  return most < 1e-5 ? 0 : 1;  // float32 sums of some hundred products
 }

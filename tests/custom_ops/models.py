@@ -95,6 +95,10 @@ def random_op(
     )
 
 
+def with_attributes(op: Op, **attributes: Any) -> Op:
+    return dataclasses.replace(op, attributes={**op.attributes, **attributes})
+
+
 def make_model(
     op: Op,
     x_shape: Sequence[int | str | None],

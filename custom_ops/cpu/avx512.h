@@ -1,0 +1,121 @@
+// The vector traits of AVX-512 (see kernel_template.h), for the files that are compiled for it.
+#pragma once
+
+#if defined(__GNUC__) && !defined(__clang__)
+// The intrinsics' own "undefined" values look uninitialized to GCC 12 (GCC bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace tetris {
+namespace {
+
+void copy_row_end(float* to, const float* from, const RowCopy& copy, int64_t i);
+
+struct Avx512 {
+  using Vec = __m512;
+  using Mask = __mmask16;
+  using Sum = Vec;
+  static constexpr Precision kPrecision = Precision::kFloat32;
+  static constexpr int kLanes = 16, kConvRows = 8, kConvVectors = 3, kTailPixels = 4, kGemmSamples = 12, kGemmVectors = 2;
+  static constexpr bool kMasksMultiplication = true;
+  static Vec zero() { return _mm512_setzero_ps(); }
+  static Vec set1(float a) { return _mm512_set1_ps(a); }
+  static Vec load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
+  static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+  static Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+  static Vec max_nan(Vec a, Vec b) {
+    return _mm512_mask_mov_ps(max(a, b), _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), a);
+  }
+  static Vec max_pairs(Vec a, Vec b) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return max_nan(_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b));
+  }
+  static Mask expand(uint32_t bits) { return static_cast<Mask>(bits); }
+  static Vec load_masked(const float* p, Mask mask) { return _mm512_maskz_loadu_ps(mask, p); }
+  // Masking the multiplication is free, masking the load costs an extra operation.
+  static Vec mask_input(Vec x, Mask, Vec) { return x; }
+  static Vec fma_masked(Vec w, Vec x, Vec acc, Mask mask) { return _mm512_mask3_fmadd_ps(w, x, acc, mask); }
+  static void copy_rows(float* to, const float* from, const RowCopy& copy) {
+    if (copy.stride > 2) {
+      for (int64_t r = 0; r < copy.rows; ++r) {
+        copy_row_end(to + r * copy.width, from + r * copy.from_stride, copy, 0);
+      }
+      return;
+    }
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    // Columns of 16 results: the masks are the same for all rows. A masked load touches no masked-out float.
+    for (int64_t j = 0; j < copy.width; j += 16) {
+      const int64_t begin = copy.stride * (j - copy.before);  // of the first result's input; negative among the zeros
+      const int64_t end = copy.stride * (copy.count - 1) + 1;
+      const Mask keep = between(0, copy.width - j);
+      const Mask low = between(-begin, end - begin), high = between(-begin - 16, end - begin - 16);
+      for (int64_t r = 0; r < copy.rows; ++r) {
+        const float* p = from + r * copy.from_stride + begin;
+        Vec x = _mm512_maskz_loadu_ps(low, p);
+        if (copy.stride == 2) x = _mm512_permutex2var_ps(x, even, _mm512_maskz_loadu_ps(high, p + 16));
+        _mm512_mask_storeu_ps(to + r * copy.width + j, keep, x);
+      }
+    }
+  }
+
+  using RowVec = __m256;
+  using RowSum = RowVec;
+  static RowVec row_load(const float* p) { return _mm256_loadu_ps(p); }
+  static void row_store(float* p, RowVec a) { _mm256_storeu_ps(p, a); }
+  static RowVec row_add(RowVec a, RowVec b) { return _mm256_add_ps(a, b); }
+  static RowVec row_fma(float a, RowVec b, RowVec c) { return _mm256_fmadd_ps(_mm256_set1_ps(a), b, c); }
+
+  // pack_rows: `pack` makes elements of a vector of each of their channels. Without a channel: zeros.
+  template <int Packed, class Pack>
+  static void pack_vectors(float* to, const PackedRows& rows, const RowCopy& copy, Pack pack) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    // Columns of 16 elements: the masks are the same for all rows. A masked load touches no masked-out float.
+    for (int64_t j = 0; j < copy.width; j += 16) {
+      const int64_t first_input = j - copy.before;  // negative among the zeros
+      const int64_t begin = copy.stride * first_input, end = copy.stride * (copy.count - 1) + 1;
+      const Mask keep = between(0, copy.width - j);
+      const Mask low = between(-begin, end - begin), high = between(-begin - 16, end - begin - 16);
+      for (int64_t r = 0; r < copy.rows; ++r) {
+        Vec x[Packed];
+        for (int k = 0; k < Packed; ++k) {
+          x[k] = zero();
+          if (rows.from[k] == nullptr) continue;
+          const float* row = rows.from[k] + r * copy.from_stride;
+          if (copy.stride <= 2) {
+            x[k] = _mm512_maskz_loadu_ps(low, row + begin);
+            if (copy.stride == 2) {
+              x[k] = _mm512_permutex2var_ps(x[k], even, _mm512_maskz_loadu_ps(high, row + begin + 16));
+            }
+          } else {
+            float lanes[16] = {};
+            const int64_t last = copy.count - first_input;
+            for (int64_t i = first_input < 0 ? -first_input : 0; i < 16 && i < last; ++i) {
+              lanes[i] = row[begin + i * copy.stride];
+            }
+            x[k] = _mm512_loadu_ps(lanes);
+          }
+        }
+        _mm512_mask_storeu_epi32(to + r * copy.width + j, keep, pack(x));
+      }
+    }
+  }
+
+  // Lanes [begin, end).
+  static Mask between(int64_t begin, int64_t end) { return static_cast<Mask>(first(end) & ~first(begin)); }
+  static uint32_t first(int64_t count) {
+    if (count <= 0) return 0;
+    return count >= 16 ? 0xffffU : (1U << count) - 1;
+  }
+};
+
+}  // namespace
+}  // namespace tetris

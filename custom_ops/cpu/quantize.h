@@ -1,0 +1,108 @@
+// How weights and inputs are rounded to the precisions other than float32, and how channels share an element.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "kernels.h"
+#include "weight.h"
+
+namespace tetris {
+
+// To the nearest bfloat16, ties to even, as the upper half of a float; NaN stays NaN.
+inline uint32_t to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (std::isnan(value)) return (bits >> 16) | 0x40U;
+  return (bits + 0x7fffU + (bits >> 16 & 1U)) >> 16;
+}
+
+// The numbers between which others and 0 lie; NaN where one of them is.
+struct Range {
+  float low = 0.0F, high = 0.0F;
+
+  void add(const Range& other) {
+    if (other.low < low || std::isnan(other.low)) low = other.low;
+    if (other.high > high || std::isnan(other.high)) high = other.high;
+  }
+};
+
+// The bytes 0 to 255 for the numbers of a range; a NaN scale where it is not finite.
+inline Quantization quantization_of(const Range& range) {
+  const float scale = range.high / 255.0F - range.low / 255.0F;
+  if (!std::isfinite(scale)) return {std::numeric_limits<float>::quiet_NaN(), 0.0F, 0};
+  // Numbers so small that the scale's inverse is none are all zeros.
+  if (scale < std::numeric_limits<float>::min()) return {1.0F, 1.0F, 0};
+  return {scale, 1.0F / scale, static_cast<int32_t>(std::lrint(-range.low / scale))};
+}
+
+// The scale of a row of weights whose largest magnitude is `most`: -127 to 127 stand for -most to most.
+inline float weight_scale(float most) {
+  if (!std::isfinite(most)) return std::numeric_limits<float>::quiet_NaN();
+  const float scale = most / 127.0F;
+  return scale < std::numeric_limits<float>::min() ? 1.0F : scale;
+}
+
+// A weight of the row as a byte.
+inline int32_t quantize_weight(float value, float scale) {
+  return std::isnan(scale) ? 0 : static_cast<int32_t>(std::lrint(value / scale));
+}
+
+// The elements of a block column of the weight begin at multiples of this: an element lies in one block.
+inline int64_t elements_per_block(const BlockSparseWeight& weight, int packed) {
+  return (weight.block_inputs + packed - 1) / packed;
+}
+
+// The 32-bit element of the weights w[0..packed) of a row; `scale` is the row's (kInt8).
+inline float pack_weights(Precision precision, const float* w, float scale) {
+  uint32_t bits = 0;
+  if (precision == Precision::kBFloat16) {
+    bits = to_bfloat16(w[0]) | to_bfloat16(w[1]) << 16;
+  } else if (precision == Precision::kInt8) {
+    for (int k = 0; k < 4; ++k) bits |= (static_cast<uint32_t>(quantize_weight(w[k], scale)) & 0xffU) << (8 * k);
+  } else {
+    return w[0];
+  }
+  float element;
+  std::memcpy(&element, &bits, sizeof element);
+  return element;
+}
+
+// Each row's scale and the sum of its bytes (kInt8), by reordered row.
+struct RowScales {
+  std::vector<float> scale;
+  std::vector<int32_t> sum;
+
+  explicit RowScales(const BlockSparseWeight& weight)
+      : scale(static_cast<size_t>(weight.outputs), 0.0F), sum(static_cast<size_t>(weight.outputs), 0) {
+    auto for_each = [&](auto function) {
+      for (int64_t b = 0; b < weight.block_count; ++b) {
+        const int64_t r = weight.block_index[2 * b], columns = weight.columns_of(weight.block_index[2 * b + 1]);
+        for (int64_t i = 0; i < weight.rows_of(r); ++i) {
+          const size_t row = static_cast<size_t>(r * weight.block_outputs + i);
+          const float* values = weight.at(b, i, 0);  // of the row's columns and taps, one after the other
+          for (int64_t j = 0; j < columns * weight.taps; ++j) function(row, values[j]);
+        }
+      }
+    };
+    for_each([this](size_t row, float value) {
+      const float magnitude = std::abs(value);
+      if (!(magnitude <= scale[row])) scale[row] = std::isnan(scale[row]) ? scale[row] : magnitude;
+    });
+    for (float& s : scale) s = weight_scale(s);
+    for_each([this](size_t row, float value) { sum[row] += quantize_weight(value, scale[row]); });
+  }
+};
+
+// The kernels for a layer: of the precision, or of float32 where the processor has none of it or the sums of so many
+// products of bytes could overflow.
+inline const KernelSet& kernels_for(Precision precision, const BlockSparseWeight& weight) {
+  const int64_t products = checked_product(weight.inputs, weight.taps);
+  if (precision == Precision::kInt8 && products > INT32_MAX / (255 * 127)) precision = Precision::kFloat32;
+  return select_kernels(precision);
+}
+
+}  // namespace tetris
