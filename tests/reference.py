@@ -161,9 +161,11 @@ def block_sparse_conv_add(
     dilations: Sequence[int] | None = None,
     activation_min: float = -math.inf,
     activation_max: float = math.inf,
+    precision: str = "float32",
 ) -> FloatArray:
     """Op BlockSparseConvAdd (see custom_ops/README.md) in float64: addend has the shape of the output."""
     weight = dense_weight(blocks, block_index, input_perm, output_perm, weight_shape)
+    x, weight = _rounded(x, weight, _used_channels(block_index, input_perm, blocks.shape[2]), precision)
     y = conv(x, weight, bias, strides=strides, pads=pads, dilations=dilations)
     return np.clip(y + addend, activation_min, activation_max)
 
@@ -191,9 +193,11 @@ def block_sparse_conv_max_pool(
     dilations: Sequence[int] | None = None,
     activation_min: float = -math.inf,
     activation_max: float = math.inf,
+    precision: str = "float32",
 ) -> FloatArray:
     """Op BlockSparseConvMaxPool (see custom_ops/README.md) in float64."""
     weight = dense_weight(blocks, block_index, input_perm, output_perm, weight_shape)
+    x, weight = _rounded(x, weight, _used_channels(block_index, input_perm, blocks.shape[2]), precision)
     y = conv(x, weight, bias, strides=strides, pads=pads, dilations=dilations)
     return max_pool(np.clip(y, activation_min, activation_max), pool_shape)
 

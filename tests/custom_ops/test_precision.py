@@ -143,6 +143,24 @@ def test_1d_and_3d(
     check(op, random_input(rng, 2, 23, *((103,) if len(kernel) == 1 else (7, 6, 9))))
 
 
+@pytest.mark.parametrize("kind", ["Add", "MaxPool"])
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2), (5, 1)])
+@pytest.mark.parametrize("size", [(7, 7), (14, 15), (90, 62)])
+def test_fused(
+    precision: str, rng: np.random.Generator, size: tuple[int, int], kernel: int, stride: int, kind: str
+) -> None:
+    pads = [kernel // 2] * 4
+    op = models.random_op(
+        rng, (51, 37, kernel, kernel), (16, 7), pads=pads, strides=[stride] * 2, activation_min=0.0, precision=precision
+    )
+    x = random_input(rng, 2, 37, *size)
+    addend = random_input(rng, *op.expected(x).shape) if kind == "Add" else None
+    op = models.fused(op, kind)
+    expected = op.expected(x, addend)
+    y = models.run(op, x, 2, addend)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 def test_one_sided_inputs(precision: str, rng: np.random.Generator, sign: int) -> None:
     op = models.random_op(rng, (24, 40, 3, 3), (8, 8), pads=[1, 1, 1, 1], precision=precision)
