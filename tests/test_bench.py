@@ -23,8 +23,8 @@ from tetris_onnx.bench import (
     Machine,
     Timing,
     _ratio_interval,
-    _rounds,
     bench,
+    interleave,
     parse_threads,
     print_bench,
 )
@@ -68,7 +68,9 @@ def net() -> onnx.ModelProto:
 
 def test_models_take_turns_in_alternating_order() -> None:
     calls: list[str] = []
-    times, runs = _rounds([lambda: calls.append("a"), lambda: calls.append("b")], 4, 1.0, settle=False, progress=None)
+    times, runs = interleave(
+        [lambda: calls.append("a"), lambda: calls.append("b")], 4, 1.0, settle=False, progress=None
+    )
     assert times.shape == (4, 2, 2)
     assert (times >= 0).all()
     # Warm-up ab, then ab ba ab ba, with neighbors that are the same merged.
@@ -78,7 +80,7 @@ def test_models_take_turns_in_alternating_order() -> None:
 
 def test_there_are_at_least_five_rounds() -> None:
     shares: list[float] = []
-    times, _ = _rounds([lambda: None], None, 1e-9, settle=False, progress=shares.append)
+    times, _ = interleave([lambda: None], None, 1e-9, settle=False, progress=shares.append)
     assert len(times) == 5
     assert shares[-1] >= 1.0
 

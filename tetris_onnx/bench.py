@@ -118,7 +118,7 @@ def bench(
         (lambda s=session, f=feed, n=name: run(s, f, n))  # type: ignore[misc]
         for session, feed, name in zip(sessions, feeds, names, strict=True)
     ]
-    times, runs = _rounds(turns, rounds, seconds, settle=threads > 1, progress=progress)
+    times, runs = interleave(turns, rounds, seconds, settle=threads > 1, progress=progress)
     timings = tuple(
         Timing(name, 1e3 * float(np.median(times[:, i, 0])), 1e3 * float(times[:, i, 1].min()), runs[i])
         for i, name in enumerate(names)
@@ -244,14 +244,17 @@ def _feeds(
     return [feed] * len(sessions)
 
 
-def _rounds(
+def interleave(
     turns: Sequence[Callable[[], object]],
     rounds: int | None,
     seconds: float,
     settle: bool,
     progress: Callable[[float], None] | None,
 ) -> tuple[NDArray[np.float64], list[int]]:
-    """Times [round, model, (median, minimum)] in seconds, and the number of timed runs per model."""
+    """Run functions in turns: times [round, function, (median, minimum)] in seconds, and how often each was timed.
+
+    `rounds` and `seconds` as in `bench`. `settle`: wait before each turn until this process is idle.
+    """
     repeats = []
     for turn in turns:
         if settle:
