@@ -157,12 +157,25 @@ def test_optimize_writes_model_plan_and_report(
     out, plan, report = tmp_path / "out.onnx", tmp_path / "plan.npz", tmp_path / "report.json"
     out.write_text("an older result is replaced")
     options = ["--sparsity", "0.25", "--block-size", "16x64", "--gathers", "keep", "--reorder", "greedy"]
-    options += ["--importance", "l2", "--seed", "5", "--save-plan", plan, "--report", report, "--dump-passes", tmp_path]
+    options += [
+        "--target",
+        "cuda",
+        "--importance",
+        "l2",
+        "--seed",
+        "5",
+        "--save-plan",
+        plan,
+        "--report",
+        report,
+        "--dump-passes",
+        tmp_path,
+    ]
     text = succeeds(["optimize", model, "-o", out, *options], capsys)
 
     ((called, config, rest),) = calls
     assert called == model
-    assert config == Config(0.25, (16, 64), importance="l2", reorder="greedy", gathers="keep", seed=5)
+    assert config == Config(0.25, (16, 64), importance="l2", reorder="greedy", gathers="keep", target="cuda", seed=5)
     assert (rest["plan"], rest["calibration"], rest["dump_passes"]) == (None, None, tmp_path)
     onnx.checker.check_model(onnx.load(out))
     assert Plan.load(plan).get("c1") is not None

@@ -68,6 +68,7 @@ REPORT = Report(
     seconds={"plan": 1.25, "verify": 0.5},
     importance="l1",
     notes=("accuracy will drop",),
+    fused=(16, 1),
 )
 
 

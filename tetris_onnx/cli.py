@@ -23,6 +23,7 @@ from tetris_onnx.config import (
     GATHERS,
     IMPORTANCES,
     REORDERS,
+    TARGETS,
     Config,
     load_config,
     parse_block_size,
@@ -152,6 +153,10 @@ def optimize(
         str | None,
         typer.Option(metavar="|".join(GATHERS), help="What becomes of the channel reorderings.", show_default="absorb"),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(metavar="|".join(TARGETS), help="The provider that will run the result.", show_default="cpu"),
+    ] = None,
     reorder: Annotated[
         str | None,
         typer.Option(metavar="|".join(REORDERS), help="How to search for channel orders.", show_default="exact"),
@@ -193,7 +198,7 @@ def optimize(
     }
     if plan is not None:
         _refuse_together("--plan", searched)
-    chosen = _config(config, sparsity, block_size, gathers, reorder, importance, seed)
+    chosen = _config(config, sparsity, block_size, gathers, reorder, importance, seed, target)
     chosen = replace(chosen, memory=int(memory * 1e9))
     if chosen.importance == "hessian" and calibration is None:
         raise UsageError("importance hessian is measured on samples: give --calibration FILE.npz, or use l1 or l2")
@@ -405,6 +410,7 @@ def _config(
     reorder: str | None = None,
     importance: str | None = None,
     seed: int | None = None,
+    target: str | None = None,
 ) -> Config:
     """The config file's options with those of the command line on top."""
     if path is not None:
@@ -416,6 +422,7 @@ def _config(
         "reorder": reorder,
         "importance": importance,
         "seed": seed,
+        "target": target,
     }
     base = Config() if path is None else load_config(path)
     return replace(base, **{name: value for name, value in values.items() if value is not None})  # type: ignore[arg-type]

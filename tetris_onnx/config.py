@@ -34,9 +34,10 @@ else:
 IMPORTANCES = ("auto", "l1", "l2", "hessian")  # auto: hessian with calibration samples, else l1
 REORDERS = ("exact", "greedy", "none")
 GATHERS = ("absorb", "keep")
+TARGETS = ("cpu", "cuda")
 MAX_BLOCK_SIZE = 1024
 
-_TOP_KEYS = ("sparsity", "block_size", "importance", "reorder", "gathers", "seed", "layers")
+_TOP_KEYS = ("sparsity", "block_size", "importance", "reorder", "gathers", "target", "seed", "layers")
 _LAYER_KEYS = ("skip", "sparsity", "block_size")
 
 
@@ -88,6 +89,7 @@ class Config:
     importance: str = "auto"  # one of IMPORTANCES
     reorder: str = "exact"  # one of REORDERS
     gathers: str = "absorb"  # one of GATHERS
+    target: str = "cpu"  # one of TARGETS: the provider that the result is made for (it is right on any)
     seed: int = 0
     workers: int | None = None  # processes; None = one per core
     memory: int = 4 * 10**9  # bytes for the activations of calibration samples; what is more goes to a temporary file
@@ -99,6 +101,7 @@ class Config:
         _check_choice("importance", self.importance, IMPORTANCES)
         _check_choice("reorder", self.reorder, REORDERS)
         _check_choice("gathers", self.gathers, GATHERS)
+        _check_choice("target", self.target, TARGETS)
         if not _is_int(self.seed) or self.seed < 0:
             raise ConfigError(f"seed: expected an integer from 0, found {self.seed!r}")
         if self.workers is not None and (not _is_int(self.workers) or self.workers < 1):

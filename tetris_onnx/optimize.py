@@ -17,12 +17,14 @@ from tetris_onnx.compare import compare
 from tetris_onnx.config import Config
 from tetris_onnx.graph import io
 from tetris_onnx.graph.channels import gather_permutation
+from tetris_onnx.graph.layers import CONV_ADD, CONV_MAX_POOL
 from tetris_onnx.passes import (
     NewWeights,
     Pass,
     absorb_gathers,
     attach_fallback,
     fold_gathers,
+    fuse_add_and_pool,
     fuse_batchnorm,
     fuse_epilogue,
     lower_block_sparse,
@@ -101,8 +103,9 @@ def optimize(
             plan, rows = make_plan(prepared, config, progress)
     with clock.stage("rewrite"):
         folder = None if dump_passes is None else Path(dump_passes)
-        graph = run_passes(graph, pipeline(plan, config.gathers, weights), folder, source)
+        graph = run_passes(graph, pipeline(plan, config.gathers, weights, config.target), folder, source)
         gathers = sum(gather_permutation(node) is not None and node.name not in before for node in graph.nodes)
+        ops = [node.op for node in graph.nodes]
         result = io.to_proto(graph, source)
     with clock.stage("verify"):
         some = None if samples is None else _first(samples, model_inputs(source))
@@ -112,6 +115,7 @@ def optimize(
         output="",
         layers=tuple(rows),
         gathers=gathers,
+        fused=(ops.count(CONV_ADD), ops.count(CONV_MAX_POOL)),
         bytes_before=original.ByteSize(),
         bytes_after=result.ByteSize(),
         max_error=error,
@@ -122,8 +126,12 @@ def optimize(
     return Result(result, plan, report)
 
 
-def pipeline(plan: Plan, gathers: str = "absorb", weights: Mapping[str, NewWeights] | None = None) -> list[Pass]:
+def pipeline(
+    plan: Plan, gathers: str = "absorb", weights: Mapping[str, NewWeights] | None = None, target: str = "cpu"
+) -> list[Pass]:
     """The passes that turn a dense graph into a block-sparse one, in order. ``weights``: those of refitted layers.
+
+    ``target``: the provider that the result is for; only the CPU's has the operators with a fused Add or MaxPool.
 
     Pruning comes before reordering (the same blocks, in the layer's own order), so that every later pass has to leave
     the result as it is; Gathers are absorbed after lowering, when the operators are there to take them.
@@ -142,7 +150,10 @@ def pipeline(plan: Plan, gathers: str = "absorb", weights: Mapping[str, NewWeigh
     ]
     if gathers == "absorb":
         steps.append(("absorb_gathers", absorb_gathers))
-    steps += [("fuse_epilogue", fuse_epilogue), ("attach_fallback", attach_fallback)]
+    steps.append(("fuse_epilogue", fuse_epilogue))
+    if target == "cpu":
+        steps.append(("fuse_add_and_pool", fuse_add_and_pool))
+    steps.append(("attach_fallback", attach_fallback))
     return [Pass(name, apply) for name, apply in steps]
 
 

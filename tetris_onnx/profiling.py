@@ -25,12 +25,11 @@ import onnx
 from numpy.typing import NDArray
 
 from tetris_onnx.calibration import Samples
-from tetris_onnx.graph.layers import DOMAIN
+from tetris_onnx.graph.layers import DOMAIN, OUR_OPS
 from tetris_onnx.session import ModelSource, open_session, run
 
 LAYER, CONVERSION, OTHER = "layer", "conversion", "other"
-_OUR_OPS = ("BlockSparseConv", "BlockSparseConvAdd", "BlockSparseConvMaxPool", "BlockSparseGemm")
-_WEIGHT_OPS = ("Conv", "Gemm", "MatMul", "ConvTranspose", *_OUR_OPS)
+_WEIGHT_OPS = ("Conv", "Gemm", "MatMul", "ConvTranspose", *OUR_OPS)
 # Ops that onnxruntime may merge into the weight op before them: their time is shown with it, so that models in which
 # they are merged and models in which they are not have the same rows.
 _FOLLOWERS = (

@@ -63,6 +63,7 @@ class Report:
     seconds: dict[str, float]  # by stage
     importance: str
     notes: tuple[str, ...] = ()
+    fused: tuple[int, int] = (0, 0)  # residual Adds and MaxPools that went into the convolutions before them
     labeled: int | None = None  # samples behind accuracy
     accuracy: tuple[float, float] | None = None  # (before, after), top-1
     agreement: float | None = None  # share of samples with the same top-1 before and after
@@ -124,6 +125,7 @@ def summary(report: Report) -> list[tuple[str, str]]:
     lines += [
         ("file", f"{file_size(report.bytes_before)} -> {file_size(report.bytes_after)} ({percent(ratio)})"),
         ("Gathers left", str(report.gathers)),
+        ("fused", "{} residual Adds, {} MaxPools".format(*report.fused)),
         ("importance", report.importance),
         ("max error", f"{report.max_error:.1e} of max|y|, against the dense model with the same blocks zeroed"),
     ]

@@ -75,7 +75,7 @@ OPSETS = {"Gelu": 20, "Swish": 24}
 
 
 class TestElementwise:
-    @pytest.mark.parametrize("op", sorted(channels._ELEMENTWISE))
+    @pytest.mark.parametrize("op", sorted(channels.ELEMENTWISE))
     def test_each(self, op: str) -> None:
         net = Net(OPSETS.get(op, 18))
         kind = TensorProto.BOOL if op == "Not" else TensorProto.FLOAT
@@ -111,7 +111,7 @@ class TestElementwise:
 
 
 class TestBroadcast:
-    @pytest.mark.parametrize("op", sorted(channels._BROADCAST - {"Where"}))
+    @pytest.mark.parametrize("op", sorted(channels.BROADCAST - {"Where"}))
     @pytest.mark.parametrize(
         "operand",
         [[2, CHANNELS, 4, 5], [CHANNELS, 1, 1], [1, CHANNELS, 1, 1], [4, 5], [], [1, 1, 1, 1], [CHANNELS, 4, 1]],

@@ -14,7 +14,7 @@ from onnx.reference import ReferenceEvaluator
 import reference
 from models import Net, check_rewrite, random_feed, random_plan, relative_error, rewrite, run
 from tetris_onnx.graph import io
-from tetris_onnx.graph.layers import CONV, DOMAIN, GEMM
+from tetris_onnx.graph.layers import CONV, CONV_ADD, CONV_MAX_POOL, DOMAIN, GEMM, OUR_OPS
 from tetris_onnx.passes import Pass, attach_fallback, run_passes
 from tetris_onnx.passes.attach_fallback import fallback_function
 
@@ -22,6 +22,13 @@ from tetris_onnx.passes.attach_fallback import fallback_function
 NEWEST = min(onnx.defs.onnx_opset_version(), 24)
 # Sums of float32 products, against sums in float64.
 TOLERANCE = 1e-5
+
+ORACLES = {
+    CONV: reference.block_sparse_conv,
+    CONV_ADD: reference.block_sparse_conv_add,
+    CONV_MAX_POOL: reference.block_sparse_conv_max_pool,
+    GEMM: reference.block_sparse_gemm,
+}
 
 
 def operator(
@@ -36,7 +43,7 @@ def operator(
 ) -> tuple[onnx.ModelProto, dict[str, NDArray], dict[str, Any]]:
     """A model of one operator (7 to 11 channels, 4x3 blocks, random permutations), its inputs and its attributes."""
     rng = np.random.default_rng(0)
-    kernel = kernel if kind == CONV else ()
+    kernel = () if kind == GEMM else kernel
     grid = np.argwhere(rng.random((3, 3)) < 0.5) if count is None else np.argwhere(np.ones((3, 3)))[:count]
     blocks = rng.normal(size=(len(grid), 4, 3, *kernel)).astype(np.float32)
     blocks[grid[:, 0] == 2, 3] = 0  # beyond the edge
@@ -50,26 +57,31 @@ def operator(
     if bias:
         inputs["bias"] = rng.normal(size=11).astype(np.float32)
     attributes: dict[str, Any] = {"weight_shape": [11, 7, *kernel]}
-    if kind == CONV:
+    if kind != GEMM:
         axes = len(kernel)
         attributes |= {"strides": [1] * axes, "pads": [1] * 2 * axes, "dilations": [1] * axes} | window
+    if kind == CONV_MAX_POOL:
+        attributes["pool_shape"] = [2, 2]
     node = helper.make_node(
         kind,
-        ["X", *inputs],
+        ["X", *inputs, *(["addend"] if kind == CONV_ADD else [])],
         ["Y"],
         domain=DOMAIN,
         **attributes,
         block_size=[4, 3],
         activation_min=limits[0],
         activation_max=limits[1],
-        **({"kernel_shape": kernel, "group": 1} if kind == CONV else {}),
+        **({"kernel_shape": kernel, "group": 1} if kind != GEMM else {}),
     )
-    shape = [batch, 7, *[8, 9, 6][: len(kernel)]] if kind == CONV else [batch, 7]
+    shape = [batch, 7, *[8, 9, 6][: len(kernel)]]
     out = [None, 11, *[None] * len(kernel)]
     graph = helper.make_graph(
         [node],
         "g",
-        [helper.make_tensor_value_info("X", TensorProto.FLOAT, shape)],
+        [
+            helper.make_tensor_value_info("X", TensorProto.FLOAT, shape),
+            *([helper.make_tensor_value_info("addend", TensorProto.FLOAT, out)] if kind == CONV_ADD else []),
+        ],
         [helper.make_tensor_value_info("Y", TensorProto.FLOAT, out)],
         [numpy_helper.from_array(values, name) for name, values in inputs.items()],
     )
@@ -80,6 +92,8 @@ def operator(
         ir_version=8,
     )
     x = rng.normal(size=[2 if isinstance(d, str) else d for d in shape]).astype(np.float32)
+    if kind == CONV_ADD:  # (the default window keeps the size)
+        inputs["addend"] = rng.normal(size=(len(x), 11, *x.shape[2:])).astype(np.float32)
     return model, {"X": x, **inputs}, attributes | {"limits": limits}
 
 
@@ -87,19 +101,19 @@ def check(kind: str = CONV, **options: Any) -> None:
     model, inputs, attributes = operator(kind, **options)
     onnx.checker.check_model(model, full_check=True)
     low, high = attributes.pop("limits")
-    oracle = reference.block_sparse_conv if kind == CONV else reference.block_sparse_gemm
+    oracle = ORACLES[kind]
     names = {"X": "x"}
     expected = oracle(
         **{names.get(k, k): v for k, v in inputs.items()}, **attributes, activation_min=low, activation_max=high
     ).astype(np.float32)
-    feed = {"X": inputs["X"]}
+    feed = {name: inputs[name] for name in ("X", "addend") if name in inputs}
     assert relative_error([expected], run(model, feed)) < TOLERANCE
     if "bias" in inputs:  # (onnx.reference cannot leave an input of a function out)
         assert relative_error([expected], ReferenceEvaluator(model).run(None, feed)) < TOLERANCE
 
 
 @pytest.mark.parametrize("opset", range(13, NEWEST + 1))
-@pytest.mark.parametrize("kind", [CONV, GEMM])
+@pytest.mark.parametrize("kind", OUR_OPS)
 def test_every_opset(kind: str, opset: int) -> None:
     check(kind, opset=opset)
 
@@ -134,32 +148,35 @@ def test_windows(window: dict[str, list[int]]) -> None:
 
 
 @pytest.mark.parametrize("limits", [(0.0, np.inf), (-0.5, 0.5), (-np.inf, 0.0), (0.0, 6.0)])
-@pytest.mark.parametrize("kind", [CONV, GEMM])
+@pytest.mark.parametrize("kind", OUR_OPS)
 def test_activations(kind: str, limits: tuple[float, float]) -> None:
     check(kind, limits=limits)
 
 
 @pytest.mark.parametrize("count", [1, 9])
-@pytest.mark.parametrize("kind", [CONV, GEMM])
+@pytest.mark.parametrize("kind", OUR_OPS)
 def test_one_block_and_all_blocks(kind: str, count: int) -> None:
     check(kind, count=count)
 
 
-@pytest.mark.parametrize("kind", [CONV, GEMM])
+@pytest.mark.parametrize("kind", OUR_OPS)
 def test_a_fixed_batch_of_one(kind: str) -> None:
     check(kind, batch=1)
 
 
-@pytest.mark.parametrize("kind", [CONV, GEMM])
+@pytest.mark.parametrize("kind", OUR_OPS)
 @pytest.mark.parametrize("opset", [13, 15, 18, NEWEST])
 def test_shapes_infer_through_the_function(kind: str, opset: int) -> None:
     model, _, _ = (
-        operator(kind, opset=opset, batch=2, strides=[2, 1]) if kind == CONV else operator(kind, opset=opset, batch=2)
+        operator(kind, opset=opset, batch=2)
+        if kind in (GEMM, CONV_ADD)
+        else operator(kind, opset=opset, batch=2, strides=[2, 1])
     )
     model.graph.output[0].type.tensor_type.ClearField("shape")
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     found = [d.dim_value for d in inferred.graph.output[0].type.tensor_type.shape.dim]
-    assert found == ([2, 11, 4, 9] if kind == CONV else [2, 11])
+    expected = {CONV: [2, 11, 4, 9], CONV_ADD: [2, 11, 8, 9], CONV_MAX_POOL: [2, 11, 2, 4], GEMM: [2, 11]}
+    assert found == expected[kind]
 
 
 def test_half_precision() -> None:

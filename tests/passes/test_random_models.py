@@ -14,8 +14,10 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from models import Net, block_sparse_nodes, our_gathers, random_feed, random_plan, relative_error, rewrite, run
+from tetris_onnx.graph.layers import CONV
 from tetris_onnx.optimize import masked_dense
 from tetris_onnx.plan import Plan
+from tetris_onnx.runtime import InferenceSession
 
 EXAMPLES = int(os.environ.get("TETRIS_ONNX_EXAMPLES", "0"))
 SETTINGS = settings(
@@ -127,6 +129,17 @@ def models(draw: st.DrawFn) -> onnx.ModelProto:
         operands = [v.name, name] if draw(st.booleans()) else [name, v.name]
         add(net.op(op, *operands), *v.shape)
 
+    def residual(v: Value) -> None:
+        name = net.conv(v.name, (v.channels, v.channels), draw(st.sampled_from([1, 3])), axes=axes)
+        add(net.op("Add", *([name, v.name] if draw(st.booleans()) else [v.name, name])), *v.shape)
+
+    def conv_and_pool(v: Value) -> None:
+        if min(v.shape[1:]) >= 2:
+            name = net.conv(v.name, (v.channels, v.channels), axes=axes)
+            for op in draw(st.permutations(["Relu", "MaxPool"])):
+                name = net.op(op, name, **({"kernel_shape": [2] * axes, "strides": [2] * axes} if op != "Relu" else {}))
+            add(name, v.channels, *[d // 2 for d in v.shape[1:]])
+
     def concat(v: Value) -> None:
         others = [o for o in values if o.shape[1:] == v.shape[1:]]
         other = others[draw(st.integers(0, len(others) - 1))]
@@ -210,7 +223,7 @@ def models(draw: st.DrawFn) -> onnx.ModelProto:
         normalization,
     ]
     steps += [pool, join, join, concat, concat_of_pixels, split, squeeze_excite, resize, pad, crop, channels_last]
-    steps += [shuffle, user_gather, output]
+    steps += [residual, residual, conv_and_pool, shuffle, user_gather, output]
     conv(first)
     for step in draw(st.lists(st.sampled_from(steps), min_size=2, max_size=12)):
         v = pick()
@@ -296,3 +309,33 @@ def test_any_model(gathers: str, data: st.DataObject) -> None:
     assert relative_error(expected, run(result, feed)) <= TOLERANCE
     if gathers == "absorb":
         assert our_gathers(result, model) <= 0
+    assert not left_to_fuse(result)
+    library = InferenceSession(result.SerializeToString()).run(None, feed)
+    assert relative_error(expected, library) <= TOLERANCE
+
+
+def left_to_fuse(model: onnx.ModelProto) -> list[str]:
+    """Convolutions with one reader that should have gone in: an Add (where both shapes are numbers) or a MaxPool."""
+    shapes = {v.name: v.type.tensor_type.shape.dim for v in (*model.graph.value_info, *model.graph.input)}
+    constants = {tensor.name for tensor in model.graph.initializer}
+    outputs = {output.name for output in model.graph.output}
+    found = []
+    for node in model.graph.node:
+        if node.op_type != CONV or node.output[0] in outputs:
+            continue
+        value = node.output[0]
+        readers = [n for n in model.graph.node for name in n.input if name == value]
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        if len(readers) != 1:
+            continue
+        other = next((n for n in readers[0].input if n != value), value)
+        plain = attributes["activation_min"] == -np.inf and attributes["activation_max"] == np.inf
+        if readers[0].op_type == "Add" and plain and other in shapes and other not in constants:
+            sizes = [[d.dim_value for d in shapes[name]] for name in (value, other)]
+            if sizes[0] == sizes[1] and 0 not in sizes[0]:
+                found.append(node.name)
+        if readers[0].op_type == "MaxPool" and len(attributes["weight_shape"]) == 4:
+            pool = {a.name: onnx.helper.get_attribute_value(a) for a in readers[0].attribute}
+            if pool["kernel_shape"] == pool["strides"] == [2, 2]:
+                found.append(node.name)
+    return found

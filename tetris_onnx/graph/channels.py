@@ -24,7 +24,7 @@ from tetris_onnx.algorithms.permutation import is_permutation
 from tetris_onnx.graph.layers import layer_of
 
 # y = f(x), value by value. (Dropout and Cast too; a Dropout's mask is not.)
-_ELEMENTWISE = frozenset(
+ELEMENTWISE = frozenset(
     """
     Abs Acos Acosh Asin Asinh Atan Atanh Cast Ceil Celu Clip Cos Cosh Dropout Elu Erf Exp Floor Gelu HardSigmoid
     HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin
@@ -32,7 +32,7 @@ _ELEMENTWISE = frozenset(
     """.split()
 )
 # y = f(a, b, ...) with ONNX's (numpy's) broadcasting.
-_BROADCAST = frozenset(
+BROADCAST = frozenset(
     """
     Add And Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or PRelu Pow Sub Sum Where
     Xor
@@ -193,9 +193,9 @@ def _relate(node: gs.Node, slot: int, is_input: bool, where: ChannelAxis) -> _Re
     if tensor.shape[where.axis] != where.length:
         return None
     op = node.op
-    if op in _ELEMENTWISE:
+    if op in ELEMENTWISE:
         return _same(node, where) if slot == 0 else None
-    if op in _BROADCAST:
+    if op in BROADCAST:
         return _broadcast(node, tensor, where)
     if op in _POOLING:
         return _same(node, where) if slot == 0 and where.axis == 1 else None

@@ -1,4 +1,4 @@
-"""One view of every layer that multiplies by a weight: Conv, Gemm, MatMul, and our own two operators.
+"""One view of every layer that multiplies by a weight: Conv, Gemm, MatMul, and our own operators.
 
 Whatever the node's own form (``transB``, a MatMul's [in, out] weight), a `Layer` shows its weight as ``[out, in,
 *kernel]``.
@@ -16,6 +16,8 @@ from onnx import TensorProto
 
 DOMAIN = "ai.tetris"
 CONV, GEMM = "BlockSparseConv", "BlockSparseGemm"
+CONV_ADD, CONV_MAX_POOL = "BlockSparseConvAdd", "BlockSparseConvMaxPool"  # CONV with what follows it
+OUR_OPS = (CONV, CONV_ADD, CONV_MAX_POOL, GEMM)
 # Ends the name of a layer's output where reorder_weights has put a Gather behind it, so that the layer keeps its name.
 REORDERED = "/reordered"
 
@@ -53,7 +55,7 @@ class Layer:
     @property
     def is_conv(self) -> bool:
         """Whether channels are on axis 1 (convolutions), not on the last one (matrix products)."""
-        return self.node.op in ("Conv", CONV)
+        return self.node.op in ("Conv", CONV, CONV_ADD, CONV_MAX_POOL)
 
     @property
     def in_axis(self) -> int | None:
@@ -96,6 +98,8 @@ class Layer:
         if shape is None or not all(isinstance(d, int) for d in shape[1:]):
             return None
         per_output = int(np.prod(self.weight_shape[1:]))
+        if self.node.op == CONV_MAX_POOL:
+            per_output *= int(np.prod(self.node.attrs["pool_shape"]))
         return int(np.prod(shape[1:], dtype=np.int64)) * per_output
 
     @property
@@ -112,7 +116,7 @@ def find_layers(graph: gs.Graph) -> list[Layer]:
     """The layers of the main graph in node order; those in subgraphs and functions are left alone."""
     layers = []
     for node in graph.nodes:
-        if node.domain == DOMAIN and node.op in (CONV, GEMM):
+        if node.domain == DOMAIN and node.op in OUR_OPS:
             layers.append(Layer(node, "it is block-sparse already"))
         elif node.domain in (None, "", "ai.onnx") and node.op in ("Conv", "Gemm", "MatMul"):
             layers.append(Layer(node, _why_dense(node)))
@@ -120,8 +124,11 @@ def find_layers(graph: gs.Graph) -> list[Layer]:
 
 
 def layer_of(node: gs.Node) -> Layer | None:
-    """``node`` as a layer whose channels can take any order (prunable or one of ours), else None."""
-    if node.domain == DOMAIN and node.op in (CONV, GEMM):
+    """``node`` as a layer whose channels can take any order (prunable or one of ours), else None.
+
+    The channels of a `CONV_ADD` are those of its addend too, so it is none.
+    """
+    if node.domain == DOMAIN and node.op in (CONV, CONV_MAX_POOL, GEMM):
         return Layer(node, "")
     if node.domain in (None, "", "ai.onnx") and node.op in ("Conv", "Gemm", "MatMul") and not _why_dense(node):
         return Layer(node, "")

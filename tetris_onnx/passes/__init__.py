@@ -3,6 +3,7 @@
 from tetris_onnx.passes.absorb_gathers import absorb_gathers
 from tetris_onnx.passes.attach_fallback import attach_fallback
 from tetris_onnx.passes.fold_gathers import fold_gathers
+from tetris_onnx.passes.fuse_add_and_pool import fuse_add_and_pool
 from tetris_onnx.passes.fuse_batchnorm import fuse_batchnorm
 from tetris_onnx.passes.fuse_epilogue import fuse_epilogue
 from tetris_onnx.passes.lower_block_sparse import lower_block_sparse
@@ -19,6 +20,7 @@ __all__ = [
     "absorb_gathers",
     "attach_fallback",
     "fold_gathers",
+    "fuse_add_and_pool",
     "fuse_batchnorm",
     "fuse_epilogue",
     "lower_block_sparse",

@@ -7,6 +7,8 @@ inference use it too.
     dense[r, c] = blocks[k] for (r, c) = block_index[k], else 0         the grid of blocks, as one weight [M, C, taps]
     W[output_perm[i], input_perm[j]] = dense[i, j]
     Y = Clip(Conv(X, W, bias), activation_min, activation_max)
+
+The operators with something fused in have an Add before the Clip, or a MaxPool behind it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import onnx_graphsurgeon as gs
 from onnx import AttributeProto, FunctionProto, NodeProto, helper, numpy_helper
 from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
 
-from tetris_onnx.graph.layers import CONV, DOMAIN
+from tetris_onnx.graph.layers import CONV_ADD, CONV_MAX_POOL, DOMAIN, GEMM
 from tetris_onnx.passes.lower_block_sparse import INPUTS
 
 _CASTLIKE_OPSET = 15
@@ -39,9 +41,8 @@ def attach_fallback(graph: gs.Graph) -> None:
 
 
 def fallback_function(op: str, opset: int) -> FunctionProto:
-    """The definition of ``op`` (``BlockSparseConv`` or ``BlockSparseGemm``) in operators of ``opset``, 13 or later."""
+    """The definition of ``op`` (one of graph.layers.OUR_OPS) in operators of ``opset``, 13 or later."""
     body = _Body()
-    convolution = op == CONV
     body.attribute("weight_shape", AttributeProto.INTS)
     body.attribute("block_size", AttributeProto.INTS)
     body.constant("zero", [0])
@@ -79,7 +80,7 @@ def fallback_function(op: str, opset: int) -> FunctionProto:
     body("Unsqueeze", ["input_perm", "minus_one"], "column_index")
     body("ScatterND", ["no_columns", "column_index", "by_column"], "columns_placed")
     attributes = ["weight_shape", "block_size", "activation_min", "activation_max"]
-    if convolution:
+    if op != GEMM:
         body("Transpose", ["columns_placed"], "flat_weight", perm=[1, 0, 2])
         body("Reshape", ["flat_weight", "weight_shape"], "W")
         body("Conv", ["X", "W", "bias"], "product")
@@ -90,16 +91,34 @@ def fallback_function(op: str, opset: int) -> FunctionProto:
         body("Squeeze", ["columns_placed", "two"], "W")  # [in, out], as MatMul takes it
         body("MatMul", ["X", "W"], "matrix_product")
         body("Add", ["matrix_product", "bias"], "product")
+    result = "product"
+    if op == CONV_ADD:
+        result = "sum"
+        body("Add", ["product", "addend"], result)
     for name in ("activation_min", "activation_max"):
         body.attribute(name, AttributeProto.FLOAT)
     if opset >= _CASTLIKE_OPSET:
         body("CastLike", ["activation_min", "product"], "low")
         body("CastLike", ["activation_max", "product"], "high")
-        body("Clip", ["product", "low", "high"], "Y")
+        limits = ["low", "high"]
     else:
-        body("Clip", ["product", "activation_min", "activation_max"], "Y")
+        limits = ["activation_min", "activation_max"]
+    body("Clip", [result, *limits], "clipped" if op == CONV_MAX_POOL else "Y")
+    if op == CONV_MAX_POOL:
+        body("MaxPool", ["clipped"], "Y")
+        for name in ("kernel_shape", "strides"):
+            body.nodes[-1].attribute.append(
+                AttributeProto(name=name, ref_attr_name="pool_shape", type=AttributeProto.INTS)
+            )
+        attributes.append("pool_shape")
     return helper.make_function(
-        DOMAIN, op, list(INPUTS), ["Y"], body.nodes, [helper.make_opsetid("", opset)], attributes
+        DOMAIN,
+        op,
+        [*INPUTS, *(["addend"] if op == CONV_ADD else [])],
+        ["Y"],
+        body.nodes,
+        [helper.make_opsetid("", opset)],
+        attributes,
     )
 
 

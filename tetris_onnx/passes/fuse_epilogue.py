@@ -5,37 +5,39 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from tetris_onnx.graph.layers import Layer, find_layers
+from tetris_onnx.graph.layers import CONV_ADD, CONV_MAX_POOL, Layer, find_layers
 from tetris_onnx.passes.surgery import only_consumer, remove_node, set_constant
 
 
 def fuse_epilogue(graph: gs.Graph) -> None:
     """Apply the pass."""
     for layer in find_layers(graph):
-        if not layer.block_sparse or _has_activation(layer):
+        if not layer.block_sparse or layer.node.op in (CONV_ADD, CONV_MAX_POOL) or has_activation(layer.node):
             continue
         follower = only_consumer(graph, layer.output)
         if follower is None or follower.domain not in (None, "", "ai.onnx"):
             continue
         while follower is not None and follower.op == "Add" and _add_bias(layer, follower):
-            _take_over(graph, layer, follower)
+            take_over(graph, layer.node, follower)
             follower = only_consumer(graph, layer.output)
         if follower is not None and follower.domain in (None, "", "ai.onnx"):
             bounds = clip_bounds(follower)
             if bounds is not None:
                 layer.node.attrs["activation_min"], layer.node.attrs["activation_max"] = bounds
-                _take_over(graph, layer, follower)
+                take_over(graph, layer.node, follower)
 
 
-def _has_activation(layer: Layer) -> bool:
-    low, high = (layer.node.attrs[f"activation_{end}"] for end in ("min", "max"))
+def has_activation(node: gs.Node) -> bool:
+    """Whether one of our operators clips its result."""
+    low, high = (node.attrs[f"activation_{end}"] for end in ("min", "max"))
     return bool(low > -np.inf or high < np.inf)
 
 
-def _take_over(graph: gs.Graph, layer: Layer, follower: gs.Node) -> None:
+def take_over(graph: gs.Graph, node: gs.Node, follower: gs.Node) -> None:
+    """Let ``node`` make the result of ``follower``, which goes."""
     result = follower.outputs[0]
     remove_node(graph, follower)
-    layer.node.outputs = [result]
+    node.outputs = [result]
 
 
 def _add_bias(layer: Layer, add: gs.Node) -> bool:
