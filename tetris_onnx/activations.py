@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -24,12 +25,24 @@ from tetris_onnx.session import open_session, run
 _BATCH = 8
 
 
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What a layer sees while the layers before it have been pruned; first axis = samples."""
+
+    data: NDArray  # its input in the pruned network
+    output: NDArray  # its output in the dense network; with an ``addend`` the sum of the two in the dense network
+    addend: NDArray | None  # what an Add behind the layer adds to its output in the pruned network, where that differs
+
+
 class Activations:
     """What a layer sees in the pruned network and what it gives in the dense one. Use it in a ``with`` statement."""
 
-    def __init__(self, model: onnx.ModelProto, layers: Sequence[str], samples: Samples, memory: int) -> None:
+    def __init__(
+        self, model: onnx.ModelProto, layers: Sequence[str], samples: Samples, memory: int, dense: Sequence[str] = ()
+    ) -> None:
         """``model``: prepared (see planner); ``layers``: outputs of those that will be replaced, in node order.
 
+        ``dense``: outputs of layers that will be replaced too where they come behind such a layer (see `changes`).
         ``samples``: one array per model input; ``memory``: bytes that stored values may take.
         """
         self._model = model
@@ -43,6 +56,8 @@ class Activations:
                 self._readers.setdefault(name, []).append(i)
         self._initializers = {t.name: t for t in model.graph.initializer}
         self._tainted = self._behind(layers)  # nodes whose results pruning changes
+        # Layers that have not been replaced yet.
+        self._waiting = {self._producer[name] for name in (*layers, *(name for name in dense if self.changes(name)))}
         self._replaced: dict[int, tuple[list[onnx.NodeProto], list[onnx.TensorProto]]] = {}
         self._done: tuple[set[int], set[int]] = (set(), set())  # nodes that have run: dense, pruned
         self._values: tuple[dict[str, NDArray], dict[str, NDArray]] = (dict(samples), {})
@@ -67,20 +82,29 @@ class Activations:
         """Number of samples."""
         return self._count
 
-    def advance(self, layer: str) -> tuple[NDArray, NDArray]:
-        """(input of ``layer`` in the pruned network, its output in the dense network), first axis = samples.
+    def changes(self, layer: str) -> bool:
+        """Whether pruning changes what ``layer`` reads."""
+        return self._is_tainted(self._nodes[self._producer[layer]].input[0])
 
-        Layers come in node order. Both arrays are valid until the next call. Raises `SessionError` where a part of the
+    def advance(self, layer: str) -> Seen:
+        """What ``layer`` reads in the pruned network, and what it gives in the dense one.
+
+        Layers come in node order. The arrays are valid until the next call. Raises `SessionError` where a part of the
         model does not run.
         """
         data = self._nodes[self._producer[layer]].input[0]
-        self._wanted = {layer, data}
+        beside = self._added_to(layer)
+        self._wanted = {layer, data, beside or data}
         self._forget()
-        self._run(0, [layer, data])
-        if self._is_tainted(data):
-            self._run(1, [data])
-        x = self._values[1 if self._is_tainted(data) else 0][data]
-        return x, self._values[0][layer]
+        self._run(0, sorted(self._wanted))
+        self._run(1, [name for name in sorted({data, beside or data}) if self._is_tainted(name)])
+        output = self._values[0][layer]
+        addend = None if beside is None else self._values[1][beside]
+        if beside is None or addend is None or not self._values[0][beside].shape == output.shape == addend.shape:
+            return Seen(self._value(1, data), output, None)
+        total = self._allocate(output.shape, output.dtype)
+        np.add(output, self._values[0][beside], out=total)
+        return Seen(self._value(1, data), total, addend)
 
     def replace(self, layer: str, weight: NDArray, bias: NDArray) -> None:
         """Give ``layer`` of the pruned network another weight, in the form that its node stores, and bias [out]."""
@@ -101,6 +125,33 @@ class Activations:
         else:
             changed.input.append(constants[1].name)
         self._replaced[index] = nodes, constants
+        self._waiting.discard(index)
+
+    def _added_to(self, layer: str) -> str | None:
+        """The value that the only reader of ``layer``, an Add, adds to it; None where pruning has not changed it (yet).
+
+        The error in it (of a residual network's shortcut, say) is one that the layer can make up for.
+        """
+        readers = self._readers.get(layer, [])
+        if len(readers) != 1 or self._nodes[readers[0]].op_type != "Add" or self._nodes[readers[0]].domain:
+            return None
+        left, right = self._nodes[readers[0]].input
+        other = right if left == layer else left
+        if other == layer or not self._is_tainted(other):
+            return None
+        before = self._before(other)
+        return None if self._producer[layer] in before or before & self._waiting else other
+
+    def _before(self, name: str) -> set[int]:
+        """The nodes that a value depends on."""
+        found: set[int] = set()
+        todo = [name]
+        while todo:
+            index = self._producer.get(todo.pop())
+            if index is not None and index not in found:
+                found.add(index)
+                todo += _reads(self._nodes[index])
+        return found
 
     def _behind(self, layers: Sequence[str]) -> set[int]:
         found: set[int] = set()

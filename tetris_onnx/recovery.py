@@ -15,7 +15,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from tetris_onnx.activations import Activations
+from tetris_onnx.activations import Activations, Seen
 from tetris_onnx.algorithms.blocks import keep_count
 from tetris_onnx.algorithms.error_search import search, support
 from tetris_onnx.algorithms.refit import LayerSamples
@@ -57,54 +57,72 @@ def recover(
     """
     candidates = survey(graph, config)
     chosen = [c for c in candidates if (not c.why_dense if plan is None else plan.get(c.layer.name) is not None)]
+    dense = [c for c in candidates if c not in chosen and not c.layer.why_dense and not c.options.skip]
+    names = [c.layer.name for c in chosen]
     plans: list[LayerPlan] = []
     weights: dict[str, NewWeights] = {}
     rows: dict[str, LayerReport] = {}
-    with Activations(model, [c.layer.name for c in chosen], samples, config.memory) as activations:
-        for done, candidate in enumerate(chosen):
+    with Activations(model, names, samples, config.memory, [c.layer.name for c in dense]) as activations:
+        todo = [c for c in candidates if c in chosen or (c in dense and activations.changes(c.layer.name))]
+        for done, candidate in enumerate(todo):
             layer = candidate.layer
             if progress is not None:
-                progress("recover", done, len(chosen))
-            seen = layer_samples(layer, *activations.advance(layer.name), config.seed)
-            decision = None if plan is None else plan.get(layer.name)
-            shares = None
-            if decision is None:
-                decision, shares = _choose(candidate, seen, config)
-            keep = support((decision.out_perm, decision.in_perm), decision.block_size, decision.keep, _taps(layer))
-            weight, bias = seen.best_damping(keep).refit(keep, _bounds(layer))
+                progress("recover", done, len(todo))
+            seen, bounds = layer_samples(layer, activations.advance(layer.name), config.seed)
+            decision, shares = None if plan is None else plan.get(layer.name), None
+            keep = np.ones((layer.weight_shape[0], seen.features), bool)
+            if candidate in chosen:
+                if decision is None:
+                    decision, shares = _choose(candidate, seen, config)
+                plans.append(decision)
+                keep = support((decision.out_perm, decision.in_perm), decision.block_size, decision.keep, _taps(layer))
+            weight, bias = seen.best_damping(keep).refit(keep, bounds)
             new = NewWeights(weight.reshape(layer.weight_shape).astype(np.float32), bias.astype(np.float32))
             activations.replace(layer.name, layer.stored(new.weight), new.bias)
-            plans.append(decision)
             weights[layer.name] = new
             rows[layer.name] = replace(describe(candidate, decision, shares), output_error=seen.error(weight))
     if progress is not None:
-        progress("recover", len(chosen), len(chosen))
+        progress("recover", len(todo), len(todo))
     listing = [rows.get(c.layer.name) or describe(c, None, None) for c in candidates]
     return Recovery(Plan(tuple(plans)), weights, listing)
 
 
-def layer_samples(layer: Layer, data: NDArray, output: NDArray, seed: int) -> LayerSamples:
-    """The least-squares problem of a layer, from its input ``data`` and the dense ``output``, first axis = samples.
+def layer_samples(layer: Layer, seen: Seen, seed: int) -> tuple[LayerSamples, tuple[NDArray, NDArray]]:
+    """The least-squares problem of a layer, and the bounds where its outputs are clipped (see `LayerSamples.refit`).
 
-    Output positions are drawn at random, as many of each sample: neighbors say little new.
+    Output positions are drawn at random, as many of each sample: neighbors say little new. What a later Add adds to the
+    output in the pruned network is taken off the target: the layer makes up for the errors of the other branch too.
     """
+    data, output = seen.data, seen.output
     out, features = layer.weight_shape[0], math.prod(layer.weight_shape[1:])
     positions = math.prod(output.shape[2:] if layer.is_conv else output.shape[1:-1])
     wanted = max(_ROWS, _ROWS_PER_FEATURE * features)
     each = min(positions, -(-wanted // len(data)))
     rng = np.random.default_rng(seed)
+
+    def outputs(value: NDArray, chosen: NDArray[np.int64]) -> NDArray:
+        return value.reshape(out, -1)[:, chosen].T if layer.is_conv else value.reshape(-1, out)[chosen]
+
     u = np.empty((len(data) * each, features), np.float32)
     y = np.empty((len(data) * each, out), np.float32)
+    low, high = (np.asarray(bound, np.float32) for bound in _bounds(layer, seen.addend is not None))
+    if seen.addend is not None:
+        low, high = np.broadcast_to(low, y.shape).copy(), np.broadcast_to(high, y.shape).copy()
     for i in range(len(data)):
         chosen = np.sort(rng.choice(positions, each, replace=False)) if each < positions else np.arange(positions)
         part = slice(i * each, (i + 1) * each)
-        if layer.is_conv:
-            u[part] = patches(layer, data[i], output.shape[2:], chosen)
-            y[part] = output[i].reshape(out, -1)[:, chosen].T
-        else:
-            u[part] = data[i].reshape(-1, features)[chosen]
-            y[part] = output[i].reshape(-1, out)[chosen]
-    return LayerSamples(u, y, layer.weight.reshape(out, -1))
+        u[part] = (
+            patches(layer, data[i], output.shape[2:], chosen)
+            if layer.is_conv
+            else data[i].reshape(-1, features)[chosen]
+        )
+        y[part] = outputs(output[i], chosen)
+        if seen.addend is not None:
+            addend = outputs(seen.addend[i], chosen)
+            y[part] -= addend
+            low[part] -= addend
+            high[part] -= addend
+    return LayerSamples(u, y, layer.weight.reshape(out, -1), inputs=len(data)), (low, high)
 
 
 def patches(layer: Layer, image: NDArray, out_shape: tuple[int, ...], chosen: NDArray[np.int64]) -> NDArray:
@@ -150,8 +168,10 @@ def _taps(layer: Layer) -> int:
     return math.prod(layer.weight_shape[2:])
 
 
-def _bounds(layer: Layer) -> tuple[float, float]:
-    """Where the layer's only reader clips its output; no bounds where it does not."""
+def _bounds(layer: Layer, behind_add: bool) -> tuple[float, float]:
+    """Where the only reader of the layer's output (or of the Add behind it) clips; no bounds where none does."""
     readers = layer.output.outputs
+    if behind_add:
+        readers = readers[0].outputs[0].outputs
     bounds = clip_bounds(readers[0]) if len(readers) == 1 else None
     return bounds or (-math.inf, math.inf)

@@ -31,27 +31,31 @@ from tetris_onnx.algorithms.threads import run_threads
 
 # To choose blocks with. The weights are fitted with the best of several (see `best_damping`).
 DAMPING = 0.1
-_DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+_DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 _PARTS = 16  # of a large product
-_HELD_OUT = 4  # one in so many samples
+_HELD_OUT = 4  # one in so many inputs of the network
 _CLIP_ITERATIONS = 4
 
 
 class LayerSamples:
     """One layer's least-squares problem, from samples ``u`` [n, features] and dense outputs ``y`` [n, out].
 
-    Features are ordered (channel, tap). ``weight`` [out, features] is the dense weight. With fewer samples than
-    features everything is computed from the n x n matrix of inner products instead (the same results, up to
-    rounding).
+    Features are ordered (channel, tap). ``weight`` [out, features] is the dense weight. ``inputs``: of how many inputs
+    of the network the samples are, one after the other, equally many of each (default: each of its own). With fewer
+    samples than features everything is computed from the n x n matrix of inner products instead (the same results, up
+    to rounding).
     """
 
-    def __init__(self, u: NDArray, y: NDArray, weight: NDArray, damping: float = DAMPING) -> None:
+    def __init__(
+        self, u: NDArray, y: NDArray, weight: NDArray, damping: float = DAMPING, inputs: int | None = None
+    ) -> None:
         self.mean_in = u.mean(axis=0, dtype=np.float64)
         self.mean_out = y.mean(axis=0, dtype=np.float64)
         # Products are in the samples' float32: their rounding is far below the damping.
         self.u = u - self.mean_in.astype(u.dtype)
         self.y = y - self.mean_out.astype(y.dtype)
         self.weight = weight
+        self.inputs = inputs or len(u)
         # The sum of the outputs' variances.
         self.power = float(np.einsum("no,no->", self.y, self.y, dtype=np.float64)) / len(y)
         self._variance = float(np.einsum("nf,nf->", self.u, self.u, dtype=np.float64)) / u.size
@@ -117,19 +121,19 @@ class LayerSamples:
         return fitted**2 / np.maximum(diagonal, np.finfo(np.float64).tiny)
 
     def refit(
-        self, keep: NDArray[np.bool_], bounds: tuple[float, float] = (-np.inf, np.inf)
+        self, keep: NDArray[np.bool_], bounds: tuple[float | NDArray, float | NDArray] = (-np.inf, np.inf)
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The best weights that are zero outside ``keep`` (both [out, features]), and the bias [out] with them.
 
-        ``bounds``: where the next operator clips (0 and inf for a ReLU). Outputs that the dense layer has beyond them
-        may be anything beyond them: targets there follow the fit, which lowers the error after the clip in every
-        iteration (majorize and minimize).
+        ``bounds``: where the next operator clips (0 and inf for a ReLU), numbers or arrays [n, out]. Outputs that the
+        dense layer has beyond them may be anything beyond them: targets there follow the fit, which lowers the error
+        after the clip in every iteration (majorize and minimize).
         """
         weight = self._solve(keep, self.y, self.weight, None if self.few else self.cross)
         bias = self.mean_out - weight @ self.mean_in
-        if bounds == (-np.inf, np.inf):
-            return weight, bias
         low, high = bounds
+        if np.all(np.isneginf(low)) and np.all(np.isposinf(high)):
+            return weight, bias
         raw = self.y + self.mean_out.astype(self.y.dtype)
         for _ in range(_CLIP_ITERATIONS):
             fitted = self.u @ weight.T.astype(self.u.dtype) + (bias + weight @ self.mean_in).astype(self.u.dtype)
@@ -145,14 +149,24 @@ class LayerSamples:
     def best_damping(self, keep: NDArray[np.bool_]) -> LayerSamples:
         """These samples with the damping that fits held-out samples best, for weights that are zero outside ``keep``.
 
-        The last samples are held out, so that they are of other inputs than the rest.
+        One in four inputs of the network is held out: samples of one input are alike.
         """
-        cut = len(self.u) - len(self.u) // _HELD_OUT
-        train, held_out = (
-            LayerSamples(self.u[part], self.y[part], self.weight) for part in (slice(cut), slice(cut, None))
-        )
-        errors = {damping: held_out.error(train._damped(damping).refit(keep)[0]) for damping in _DAMPINGS}
-        return self._damped(min(errors, key=lambda damping: errors[damping]))
+        source = np.arange(len(self.u)) * self.inputs // len(self.u)
+        held = source % _HELD_OUT == _HELD_OUT - 1
+        if held.all() or not held.any():
+            return self
+        train, held_out = (LayerSamples(self.u[part], self.y[part], self.weight) for part in (~held, held))
+
+        def error(index: int) -> float:
+            return held_out.error(train._damped(_DAMPINGS[index]).refit(keep)[0])
+
+        # The error falls and then rises with the damping.
+        best = _DAMPINGS.index(DAMPING)
+        least = error(best)
+        for step in (1, -1):
+            while 0 <= best + step < len(_DAMPINGS) and (tried := error(best + step)) < least:
+                best, least = best + step, tried
+        return self._damped(_DAMPINGS[best])
 
     def _damped(self, damping: float) -> LayerSamples:
         """The same samples with another damping; what does not depend on it is shared."""
