@@ -89,18 +89,58 @@ def test_each_layer_sees_the_pruned_input_and_the_dense_output(samples: int, mem
     with Activations(model, LAYERS, {"x": x}, memory) as activations:
         assert activations.count == samples
         for name in LAYERS:
-            data, output = activations.advance(name)
+            seen = activations.advance(name)
+            data, output = seen.data, seen.output
+            # What the pruned network adds behind b is not what the dense one does: the target is the sum.
+            wanted = values(model, ["s"], x)["s"] if name == "b" else dense[name]
             # Rounding: onnxruntime fuses differently when the network is cut.
-            np.testing.assert_allclose(output, dense[name], rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(output, wanted, rtol=1e-4, atol=1e-4)
             without_own_bias = {k: v for k, v in new.items()}
             pruned = with_weights(
                 model, without_own_bias | ({"b1": np.zeros(4, np.float32)} if "w1" in new else {}), bias
             )
             expected = values(pruned, [inputs[name]], x)[inputs[name]] if inputs[name] != "x" else x
             np.testing.assert_allclose(data, expected, rtol=1e-4, atol=1e-4)
+            if name == "b":  # its input is what is added, too
+                assert seen.addend is not None
+                np.testing.assert_allclose(seen.addend, data)
+            else:
+                assert seen.addend is None
             new[weight_of[name]] = rng.standard_normal(SHAPES[weight_of[name]]).astype(np.float32)
             bias[name] = rng.standard_normal(dense[name].shape[1]).astype(np.float32)
             activations.replace(name, new[weight_of[name]], bias[name])
+
+
+def test_a_shortcut_counts_only_where_it_has_been_pruned_already() -> None:
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N, 4, 6, 6] x) => (float[N, 4, 6, 6] y)
+    {
+      a = Conv <kernel_shape = [1, 1]> (x, wa)
+      b = Conv <kernel_shape = [1, 1]> (x, wb)
+      c = Conv <kernel_shape = [1, 1]> (a, wc)
+      s = Add (c, b)
+      y = Relu (s)
+    }
+    """
+    rng = np.random.default_rng(0)
+    model = onnx.parser.parse_model(text)
+    weights = {name: rng.standard_normal((4, 4, 1, 1)).astype(np.float32) for name in ("wa", "wb", "wc")}
+    model.graph.initializer.extend(numpy_helper.from_array(w, name) for name, w in weights.items())
+    x = rng.standard_normal((4, 4, 6, 6)).astype(np.float32)
+    with Activations(model, ["a", "b"], {"x": x}, 10**9, dense=["c"]) as activations:
+        assert [activations.changes(name) for name in "abc"] == [False, False, True]
+        activations.advance("a")
+        activations.replace("a", 0 * weights["wa"], np.zeros(4, np.float32))
+        # c has still to be refitted: what b sees of it is not final.
+        assert activations.advance("b").addend is None
+        activations.replace("b", 2 * weights["wb"], np.ones(4, np.float32))
+        seen = activations.advance("c")
+        dense = values(model, ["s", "b"], x)
+        assert seen.addend is not None
+        np.testing.assert_allclose(seen.addend, 2 * dense["b"] + 1, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(seen.output, dense["s"], rtol=1e-4, atol=1e-4)
+        assert not seen.data.any()
 
 
 def test_each_node_runs_once_per_version(monkeypatch: pytest.MonkeyPatch) -> None:

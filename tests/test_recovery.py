@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from tetris_onnx import Config, optimize
+from tetris_onnx.activations import Seen
 from tetris_onnx.calibration import CalibrationError
 from tetris_onnx.graph import io
 from tetris_onnx.graph.layers import find_layers
@@ -85,7 +86,8 @@ def test_samples_are_what_the_layer_multiplies(name: str) -> None:
     session = ort.InferenceSession(extended.SerializeToString(), providers=["CPUExecutionProvider"])
     values = {"x": x} | dict(zip([o.name for o in session.get_outputs()], session.run(None, {"x": x}), strict=True))
     data, output = values[layer.data.name], values[name]
-    samples = layer_samples(layer, data, output, seed=0)
+    samples, bounds = layer_samples(layer, Seen(data, output, None), seed=0)
+    assert [float(bound) for bound in bounds] == {"a": [0, np.inf], "b": [0, 6]}.get(name, [-np.inf, np.inf])
     assert samples.features == np.prod(layer.weight_shape[1:])
     # y = W u + b at every position, so nothing is left but rounding (relative to the outputs' variance).
     assert samples.error(layer.weight.reshape(len(layer.weight), -1)) < 1e-9

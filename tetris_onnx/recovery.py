@@ -28,9 +28,10 @@ from tetris_onnx.plan import LayerPlan, Plan
 from tetris_onnx.planner import Candidate, Progress, describe, free_axes, magnitude, search_order, survey
 from tetris_onnx.report import LayerReport
 
-# Rows of the least squares: output positions times samples, at least this many and this many per feature where there
-# are.
-_ROWS = 16384
+# Rows of the least squares (output positions times samples): this many where there are, fewer of very many features
+# (the matrix of the samples takes half a gigabyte then), but never fewer than this many per feature.
+_ROWS = 2**16
+_CELLS = 2**27
 _ROWS_PER_FEATURE = 4
 
 
@@ -76,7 +77,7 @@ def recover(
                     decision, shares = _choose(candidate, seen, config)
                 plans.append(decision)
                 keep = support((decision.out_perm, decision.in_perm), decision.block_size, decision.keep, _taps(layer))
-            weight, bias = seen.best_damping(keep).refit(keep, bounds)
+            weight, bias = seen.refit(keep, bounds, choose_damping=True, workers=config.workers)
             new = NewWeights(weight.reshape(layer.weight_shape).astype(np.float32), bias.astype(np.float32))
             activations.replace(layer.name, layer.stored(new.weight), new.bias)
             weights[layer.name] = new
@@ -96,7 +97,7 @@ def layer_samples(layer: Layer, seen: Seen, seed: int) -> tuple[LayerSamples, tu
     data, output = seen.data, seen.output
     out, features = layer.weight_shape[0], math.prod(layer.weight_shape[1:])
     positions = math.prod(output.shape[2:] if layer.is_conv else output.shape[1:-1])
-    wanted = max(_ROWS, _ROWS_PER_FEATURE * features)
+    wanted = max(min(_ROWS, _CELLS // features), _ROWS_PER_FEATURE * features)
     each = min(positions, -(-wanted // len(data)))
     rng = np.random.default_rng(seed)
 

@@ -61,14 +61,14 @@ def apply_masks(module: nn.Module, plan: Plan, names: Mapping[str, str] | None =
     Raises `MaskError` for a layer that matches no submodule or several, and for a module that has masks already; the
     module is then unchanged.
     """
-    layers = {name: child for name, child in module.named_modules() if isinstance(child, _LAYERS)}
+    layers: dict[str, nn.Module] = {name: child for name, child in module.named_modules() if isinstance(child, _LAYERS)}
     masked = [name for name, child in layers.items() if parametrize.is_parametrized(child, "weight")]
     if masked:
         raise MaskError(f"the weight of {masked[0]!r} is parametrized already: call remove_masks first")
     matches = _match(layers, plan, names or {})
     for layer in plan:
         child = layers[matches[layer.layer]]
-        weight = child.weight
+        weight = _weight(child)
         mask = torch.from_numpy(original_mask(layer.keep, layer.block_size, layer.out_perm, layer.in_perm))
         shape = (*mask.shape, *[1] * (weight.dim() - 2))
         parametrize.register_parametrization(
@@ -107,7 +107,9 @@ def _match(layers: dict[str, nn.Module], plan: Plan, names: Mapping[str, str]) -
             matches[layer.layer] = _by_order(layer, layers, plan, matches)
     twice = [name for name in matches.values() if list(matches.values()).count(name) > 1]
     if twice:
-        raise MaskError(f"two layers of the plan match {twice[0]!r}: say which is which with names={{layer: submodule}}")
+        raise MaskError(
+            f"two layers of the plan match {twice[0]!r}: say which is which with names={{layer: submodule}}"
+        )
     return matches
 
 
@@ -142,9 +144,13 @@ def _fits(child: nn.Module, layer: LayerPlan) -> bool:
 
 
 def _shape(child: nn.Module) -> tuple[int, ...]:
+    return tuple(_weight(child).shape)
+
+
+def _weight(child: nn.Module) -> Tensor:
     weight = child.weight
     assert isinstance(weight, Tensor)
-    return tuple(weight.shape)
+    return weight
 
 
 def _describe(layer: LayerPlan) -> str:

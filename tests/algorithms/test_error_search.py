@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tetris_onnx.algorithms.error_search import choose_blocks, eliminate_blocks, search, support
+from tetris_onnx.algorithms.error_search import by_blocks, choose_blocks, eliminate_blocks, search, support
 from tetris_onnx.algorithms.permutation import identity, is_permutation
 from tetris_onnx.algorithms.refit import LayerSamples
 
@@ -26,8 +26,7 @@ def eliminate(
     samples: LayerSamples, rows: NDArray[np.int64], blocks: list[NDArray[np.int64]], most: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """eliminate_blocks for blocks in the features' own order."""
-    inverse, fitted = samples.inverse.astype(np.float32), samples.fitted[rows].astype(np.float32)
-    return eliminate_blocks(inverse, fitted, [len(block) for block in blocks], most)
+    return eliminate_blocks(*by_blocks(samples.inverse, samples.fitted[rows], blocks), most)
 
 
 def squared_error(samples: LayerSamples, keep: NDArray[np.bool_]) -> float:

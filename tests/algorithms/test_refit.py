@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tetris_onnx.algorithms.refit import _DAMPINGS as DAMPINGS
 from tetris_onnx.algorithms.refit import LayerSamples
 
 FEATURES, OUT = 12, 5
@@ -103,15 +104,44 @@ def test_refit_before_a_clip_lowers_the_error_behind_it() -> None:
     assert error((low, high)) < 0.98 * error((-np.inf, np.inf))
 
 
-def test_best_damping_is_found_on_held_out_samples() -> None:
+def test_the_damping_is_chosen_on_held_out_inputs() -> None:
     rng = np.random.default_rng(0)
     u, _, weight = problem(n=24)  # hardly more samples than features
-    noisy = (u @ weight.T + 10 * rng.standard_normal((24, OUT))).astype(np.float32)
     keep = np.ones((OUT, FEATURES), bool)
-    assert LayerSamples(u, noisy, weight).best_damping(keep).damping > LayerSamples(u, noisy, weight, 0.003).damping
+    y = (u @ weight.T + 10 * rng.standard_normal((24, OUT))).astype(np.float32)
+    chosen, fixed = (LayerSamples(u, y, weight).refit(keep, choose_damping=c)[0] for c in (True, False))
+    # Noise: stay close to the given weight.
+    assert np.linalg.norm(chosen - weight) < 0.7 * np.linalg.norm(fixed - weight)
     u, y, weight = problem(n=4000)
     keep = random_keep()
-    best = LayerSamples(u, y, weight).best_damping(keep)
-    assert best.damping < LayerSamples(u, y, weight, 0.3).damping
-    again = LayerSamples(u, y, weight).best_damping(keep)
-    np.testing.assert_array_equal(best.refit(keep)[0], again.refit(keep)[0])
+    chosen, fixed = (LayerSamples(u, y, weight).refit(keep, choose_damping=c)[0] for c in (True, False))
+    samples = LayerSamples(u, y, weight)
+    assert samples.error(chosen) < samples.error(fixed)  # plenty of samples: no need to
+
+
+def test_the_damping_is_the_best_of_all_on_the_inputs_held_out() -> None:
+    u, _, weight = problem(n=80, seed=5)
+    y = (u @ weight.T + 3 * np.random.default_rng(0).standard_normal((80, OUT))).astype(np.float32)
+    samples = LayerSamples(u, y, weight, inputs=20)
+    held = np.arange(80) // 4 % 4 == 3  # four samples of each of 20 inputs; every fourth input
+    rows, s = np.arange(OUT), np.arange(FEATURES)
+    errors = {}
+    for damping in DAMPINGS:
+        train = LayerSamples(u[~held], y[~held], weight, damping)
+        fitted, _ = train.refit(np.ones((OUT, FEATURES), bool))
+        residual = y[held] - u[held] @ fitted.T
+        errors[damping] = float(np.sum((residual - residual.mean(axis=0)) ** 2))
+    best = min(errors, key=lambda d: errors[d])
+    found = samples._best_damping(rows, s) / samples._lam(1)
+    assert found == pytest.approx(best) or errors[min(errors, key=lambda d: abs(d - found))] < 1.01 * errors[best]
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_few_and_many_samples_choose_alike(few: bool) -> None:
+    u, y, weight = problem(n=11 if few else 400, seed=2)
+    samples = LayerSamples(u, y, weight)
+    assert samples.few == few
+    fitted, bias = samples.refit(random_keep(), (0, np.inf), choose_damping=True)
+    assert np.isfinite(fitted).all() and np.isfinite(bias).all() and samples.error(fitted) < 1
+    single, _ = LayerSamples(u[:1], y[:1], weight).refit(random_keep(), choose_damping=True)
+    np.testing.assert_allclose(single, np.where(random_keep(), weight, 0), atol=1e-5)  # says nothing: nothing changes

@@ -28,6 +28,7 @@ from tetris_onnx.algorithms.reorder import transport
 from tetris_onnx.algorithms.threads import run_threads
 
 _MAX_ITERATIONS = 3
+_MANY = 32  # of so many blocks, one at a time is dropped; of more, as large a share
 _LEAST_GAIN = 0.03  # share of the error that an iteration has to save for another one to follow
 
 
@@ -75,46 +76,81 @@ def support(
 
 
 def eliminate_blocks(
-    inverse: NDArray[np.float32], fitted: NDArray[np.float32], sizes: Sequence[int], most: int | None = None
+    inverse: NDArray[np.float32], fitted: NDArray[np.float32], most: int | None = None
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Drop the blocks of features of one block row, cheapest first, refitting after each.
 
-    ``inverse`` [d, d]: that of the Hessian, features block by block; ``fitted`` [rows, d]: the best weights on all
-    features; ``sizes``: features of each block; ``most``: how many to drop (all by default). Returns (blocks in the
-    order of dropping, what each drop adds to the squared error). O(d^3).
+    ``inverse`` [blocks, size, blocks, size]: that of the Hessian; ``fitted`` [rows, blocks, size]: the best weights on
+    all features (`by_blocks` makes both); ``most``: how many to drop (all by default). Returns (blocks in the order of
+    dropping, what each drop adds to the squared error).
+
+    With the features J dropped and ``L L^T = A_JJ`` (A the inverse), the inverse for the rest is ``A - V^T V`` with
+    ``V = inv(L) A_J`` and the weights are ``w - Z^T V`` with ``Z = inv(L) w_J^T``. So only V grows, by one product per
+    drop, and only the diagonal blocks of the rest are ever formed. Of very many blocks several are dropped at a time.
     """
-    ends = np.cumsum(sizes)
-    where = {i: np.arange(end - sizes[i], end) for i, end in enumerate(ends)}
-    inv, w = inverse.copy(), fitted.copy()
-    active = list(range(len(sizes)))
-    order: list[int] = []
-    costs: list[float] = []
-    for _ in range(len(sizes) if most is None else most):
-        factors = {i: cholesky(inv[np.ix_(where[i], where[i])]) for i in active}
-        solved = {i: linalg.cho_solve(factors[i], w[:, where[i]].T, check_finite=False) for i in active}
-        cost = {i: float(np.einsum("rj,jr->", w[:, where[i]], solved[i], dtype=np.float64)) for i in active}
-        dropped = min(active, key=lambda i: cost[i])
-        active.remove(dropped)
-        order.append(dropped)
-        costs.append(cost[dropped])
-        if not active:
-            break
-        gone = where[dropped]
-        columns = inv[gone]
-        w -= solved[dropped].T @ columns
-        inv -= columns.T @ linalg.cho_solve(factors[dropped], columns, check_finite=False)
-        # The last features move to where the dropped ones were, so that what is left stays one square.
-        size = len(inv) - len(gone)
-        holes = gone[gone < size]
-        movers = np.setdiff1d(np.arange(size, len(inv)), gone)
-        w[:, holes] = w[:, movers]
-        inv[holes] = inv[movers]
-        inv[:, holes] = inv[:, movers]
-        moved = np.arange(len(inv))
-        moved[movers] = holes
-        where = {i: moved[where[i]] for i in active}
-        inv, w = inv[:size, :size], w[:, :size]
-    return np.array(order, np.int64), np.array(costs)
+    count, size = inverse.shape[:2]
+    rows, most = len(fitted), count if most is None else min(most, count)
+    live = np.arange(count)  # the block in each slot; slots of dropped blocks are filled with the last ones
+    diagonal = inverse[live, :, live, :]
+    w = fitted.reshape(rows, count * size).copy()
+    v = np.empty((most * size, count * size), np.float32)
+    order: list[NDArray[np.int64]] = []
+    costs: list[NDArray[np.float64]] = []
+    done = 0
+    while done < most:
+        n = live.size
+        by_slot = w[:, : n * size].reshape(rows, n, size).transpose(1, 2, 0)
+        cost = np.einsum("nsr,nsr->n", by_slot, np.linalg.solve(diagonal[:n], by_slot))
+        batch = min(max(1, n // _MANY), most - done)
+        slots = np.argsort(cost, kind="stable")[:batch]
+        gone = _positions(slots, size)
+        held = done * size
+        columns = inverse[live[slots]][:, :, live].reshape(gone.size, n * size)
+        columns -= v[:held, gone].T @ v[:held, : n * size]
+        factor = np.linalg.cholesky(columns[:, gone])
+        whiten = linalg.solve_triangular(factor, np.eye(gone.size, dtype=np.float32), lower=True, check_finite=False)
+        added = np.matmul(whiten, columns, out=v[held : held + gone.size, : n * size])
+        z = whiten @ w[:, gone].T
+        order.append(live[slots])
+        costs.append(np.sum(z.reshape(batch, -1).astype(np.float64) ** 2, axis=1))
+        done += batch
+        w[:, : n * size] -= z.T @ added
+        parts = added.reshape(gone.size, n, size)
+        diagonal[:n] -= parts.transpose(1, 2, 0) @ parts.transpose(1, 0, 2)
+        left = n - batch
+        holes = np.sort(slots[slots < left])
+        movers = np.setdiff1d(np.arange(left, n), slots)
+        live[holes], diagonal[holes] = live[movers], diagonal[movers]
+        for array in (w, v[: done * size]):
+            array[:, _positions(holes, size)] = array[:, _positions(movers, size)]
+        live = live[:left]
+    return np.concatenate([np.zeros(0, np.int64), *order]), np.concatenate([np.zeros(0), *costs])
+
+
+def by_blocks(
+    inverse: NDArray, fitted: NDArray, blocks: Sequence[NDArray[np.int64]]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """``inverse`` [d, d] and ``fitted`` [rows, d] for `eliminate_blocks`, given the features of each block.
+
+    A block shorter than the others is filled with features that stand alone and have no weight: they cost nothing.
+    """
+    count, size = len(blocks), max(len(block) for block in blocks)
+    real = np.concatenate([i * size + np.arange(len(block)) for i, block in enumerate(blocks)])
+    layout = np.concatenate(list(blocks))
+    if real.size == count * size:
+        padded, weights = inverse[np.ix_(layout, layout)], fitted[:, layout]
+    else:
+        padded, weights = np.eye(count * size, dtype=np.float32), np.zeros((len(fitted), count * size), np.float32)
+        padded[np.ix_(real, real)] = inverse[np.ix_(layout, layout)]
+        weights[:, real] = fitted[:, layout]
+    return (
+        padded.astype(np.float32, copy=False).reshape(count, size, count, size),
+        weights.astype(np.float32, copy=False).reshape(len(fitted), count, size),
+    )
+
+
+def _positions(slots: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    return (slots[:, None] * size + np.arange(size)).ravel()
 
 
 def choose_blocks(
@@ -156,10 +192,8 @@ def _prune(
     groups = [out_perm[i : i + block[0]] for i in range(0, out_perm.size, block[0])]
     # A block row that loses far more than its share is not worth looking at.
     most = min(len(blocks), -(-drop * 3 // (2 * len(groups))) + 1)
-    layout, sizes = np.concatenate(blocks), [len(features) for features in blocks]
-    inverse = samples.inverse[np.ix_(layout, layout)].astype(np.float32)
-    fitted = samples.fitted[:, layout].astype(np.float32)
-    found = run_threads(eliminate_blocks, [(inverse, fitted[rows], sizes, most) for rows in groups], workers)
+    inverse, fitted = by_blocks(samples.inverse, samples.fitted, blocks)
+    found = run_threads(eliminate_blocks, [(inverse, fitted[rows], most) for rows in groups], workers)
     keep = choose_blocks([o for o, _ in found], [c for _, c in found], len(blocks), drop)
     weight, _ = samples.refit(support((out_perm, in_perm), block, keep, samples.features // in_perm.size))
     return Pruned(out_perm, in_perm, keep, samples.error(weight))

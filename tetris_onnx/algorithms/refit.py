@@ -20,7 +20,8 @@ Before a ReLU, outputs below zero are all the same: `LayerSamples.refit` can fit
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -29,7 +30,7 @@ from scipy import linalg
 
 from tetris_onnx.algorithms.threads import run_threads
 
-# To choose blocks with. The weights are fitted with the best of several (see `best_damping`).
+# To choose blocks with. The weights are fitted with the best of several (see `LayerSamples.refit`).
 DAMPING = 0.1
 _DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 _PARTS = 16  # of a large product
@@ -77,7 +78,26 @@ class LayerSamples:
 
     @cached_property
     def _gram(self) -> NDArray[np.float32]:
-        return _inner(self.u, self.u) / np.float32(len(self.u))
+        return sum(m.gram * np.float32(m.count / len(self.u)) for m in self._moments)
+
+    @cached_property
+    def _products(self) -> NDArray[np.float64]:
+        return sum(m.products * (m.count / len(self.u)) for m in self._moments)  # type: ignore[return-value]
+
+    @cached_property
+    def _held_out(self) -> NDArray[np.bool_] | None:
+        """Which samples are held out to choose the damping: all of one in four inputs. None where there are too few."""
+        source = np.arange(len(self.u)) * self.inputs // len(self.u)
+        held = source % _HELD_OUT == _HELD_OUT - 1
+        return held if held.any() else None
+
+    @cached_property
+    def _moments(self) -> list[_Moments]:
+        """Of the samples that are not held out, and of those that are (where there are)."""
+        held = self._held_out
+        if held is None:
+            return [_Moments.of(self.u, self.y)]
+        return [_Moments.of(self.u[part], self.y[part]) for part in (~held, held)]
 
     @cached_property
     def hessian(self) -> NDArray[np.float64]:
@@ -102,81 +122,128 @@ class LayerSamples:
         """G [out, features]."""
         return self._products + self.damping * self.weight
 
-    @cached_property
-    def _products(self) -> NDArray[np.float64]:
-        return self._mean_products(self.y)
-
-    def _mean_products(self, y: NDArray) -> NDArray[np.float64]:
-        return _inner(y, self.u).astype(np.float64) / len(self.u)
-
     def saliency(self) -> NDArray[np.float64]:
         """What dropping each single weight [out, features] adds to the squared error after the rest is refitted."""
         if not self.few:
             return self.fitted**2 / np.diag(self.inverse)
         # With A = U U^T + n lam I and the residual R of the dense weight W:
         # inv(H) = (I - U^T inv(A) U) / lam, and the fit on all features is W + R^T inv(A) U.
-        solved = linalg.cho_solve(self._inner_factor(np.arange(self.features)), self.u, check_finite=False)
+        solved = linalg.cho_solve(self._inner_factor(self.u, self.damping), self.u, check_finite=False)
         diagonal = (1 - np.einsum("nf,nf->f", self.u, solved)) / self.damping
         fitted = self.weight + (self.y - self.u @ self.weight.T).T @ solved
         return fitted**2 / np.maximum(diagonal, np.finfo(np.float64).tiny)
 
     def refit(
-        self, keep: NDArray[np.bool_], bounds: tuple[float | NDArray, float | NDArray] = (-np.inf, np.inf)
+        self,
+        keep: NDArray[np.bool_],
+        bounds: tuple[float | NDArray, float | NDArray] = (-np.inf, np.inf),
+        choose_damping: bool = False,
+        workers: int | None = None,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The best weights that are zero outside ``keep`` (both [out, features]), and the bias [out] with them.
 
         ``bounds``: where the next operator clips (0 and inf for a ReLU), numbers or arrays [n, out]. Outputs that the
         dense layer has beyond them may be anything beyond them: targets there follow the fit, which lowers the error
         after the clip in every iteration (majorize and minimize).
+
+        ``choose_damping``: take, for each set of rows with one support, the damping whose weights fit held-out samples
+        best. One in four inputs of the network is held out: samples of one input are alike.
         """
-        weight = self._solve(keep, self.y, self.weight, None if self.few else self.cross)
-        bias = self.mean_out - weight @ self.mean_in
-        low, high = bounds
-        if np.all(np.isneginf(low)) and np.all(np.isposinf(high)):
-            return weight, bias
-        raw = self.y + self.mean_out.astype(self.y.dtype)
-        for _ in range(_CLIP_ITERATIONS):
-            fitted = self.u @ weight.T.astype(self.u.dtype) + (bias + weight @ self.mean_in).astype(self.u.dtype)
-            target = np.where(raw <= low, np.minimum(fitted, low), np.where(raw >= high, np.maximum(fitted, high), raw))
-            mean = target.mean(axis=0, dtype=np.float64)
-            # The damping now pulls to the last fit, so that the iteration ends at the optimum of the samples.
-            target -= mean.astype(target.dtype)
-            cross = None if self.few else self._mean_products(target) + self.damping * weight
-            weight = self._solve(keep, target, weight, cross)
-            bias = mean - weight @ self.mean_in
+        supports: dict[bytes, list[int]] = {}
+        for row, mask in enumerate(keep):
+            supports.setdefault(np.packbits(mask).tobytes(), []).append(row)
+        low, high = (np.broadcast_to(np.asarray(bound, self.y.dtype), self.y.shape) for bound in bounds)
+        clipped = not (np.all(np.isneginf(bounds[0])) and np.all(np.isposinf(bounds[1])))
+        chosen = choose_damping and self._held_out is not None
+        if not self.few:
+            _ = self.hessian, self._products  # once, for all threads
+
+        def fit(rows: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+            s = np.flatnonzero(keep[rows[0]])
+            if not s.size:
+                return np.zeros((rows.size, 0)), self.mean_out[rows]
+            u = self.u[:, s] if clipped or self.few else None
+            solve = self._solver(rows, s, u, self._best_damping(rows, s) if chosen else self.damping)
+            weight, mean = solve(None), self.mean_out[rows]
+            if u is None or not clipped:
+                return weight, mean - weight @ self.mean_in[s]
+            raw = self.y[:, rows] + self.mean_out[rows].astype(self.y.dtype)
+            least, most = low[:, rows], high[:, rows]
+            below, above = raw <= least, raw >= most
+            for _ in range(_CLIP_ITERATIONS):
+                fitted = u @ weight.T.astype(u.dtype) + mean.astype(u.dtype)
+                target = np.where(below, np.minimum(fitted, least), raw)
+                target = np.where(above, np.maximum(fitted, most), target)
+                mean = target.mean(axis=0, dtype=np.float64)
+                weight = solve(target - mean.astype(target.dtype))
+            return weight, mean - weight @ self.mean_in[s]
+
+        groups = [np.array(rows) for rows in supports.values()]
+        weight, bias = np.zeros(keep.shape), np.empty(len(keep))
+        for rows, fitted in zip(groups, run_threads(fit, [(rows,) for rows in groups], workers), strict=True):
+            weight[np.ix_(rows, np.flatnonzero(keep[rows[0]]))], bias[rows] = fitted
         return weight, bias
 
-    def best_damping(self, keep: NDArray[np.bool_]) -> LayerSamples:
-        """These samples with the damping that fits held-out samples best, for weights that are zero outside ``keep``.
+    def _solver(
+        self, rows: NDArray[np.int64], s: NDArray[np.int64], u: NDArray | None, damping: float
+    ) -> Callable[[NDArray | None], NDArray[np.float64]]:
+        """What makes weights [rows, s] of targets [n, rows] without their mean; None: of the dense outputs.
 
-        One in four inputs of the network is held out: samples of one input are alike.
+        ``u`` [n, s]: the features' samples, which targets other than None and few samples need.
         """
-        source = np.arange(len(self.u)) * self.inputs // len(self.u)
-        held = source % _HELD_OUT == _HELD_OUT - 1
-        if held.all() or not held.any():
-            return self
-        train, held_out = (LayerSamples(self.u[part], self.y[part], self.weight) for part in (~held, held))
+        towards = self.weight[np.ix_(rows, s)]
+        if self.few:
+            assert u is not None
+            part, inner = u, self._inner_factor(u, damping)
 
-        def error(index: int) -> float:
-            return held_out.error(train._damped(_DAMPINGS[index]).refit(keep)[0])
+            def solve(target: NDArray | None) -> NDArray[np.float64]:
+                residual = (self.y[:, rows] if target is None else target) - part @ towards.T
+                return towards + linalg.cho_solve(inner, residual, check_finite=False).T @ part
+
+            return solve
+        hessian = self.hessian[np.ix_(s, s)]
+        hessian[np.diag_indices_from(hessian)] += damping - self.damping
+        factor = cholesky(hessian)
+
+        def solve_moments(target: NDArray | None) -> NDArray[np.float64]:
+            if target is None:
+                products = self._products[np.ix_(rows, s)]
+            else:
+                assert u is not None
+                products = (target.T @ u).astype(np.float64) / len(u)
+            return linalg.cho_solve(factor, (products + damping * towards).T, check_finite=False).T
+
+        return solve_moments
+
+    def _best_damping(self, rows: NDArray[np.int64], s: NDArray[np.int64]) -> float:
+        """The damping that fits the held-out samples best, for weights [rows, s]."""
+        towards, held = self.weight[np.ix_(rows, s)], self._held_out
+        assert held is not None
+        if self.few:
+            u, y = (array - array[~held].mean(axis=0) for array in (self.u[:, s], self.y[:, rows]))
+            missing = (y - u @ towards.T)[~held]
+
+            def error(damping: float) -> float:
+                factor = self._inner_factor(u[~held], damping)
+                weight = towards + linalg.cho_solve(factor, missing, check_finite=False).T @ u[~held]
+                return float(np.sum((y[held] - u[held] @ weight.T) ** 2))
+
+        else:
+            (gram, products, _), (test_gram, test_products, power) = (m.centered(rows, s) for m in self._moments)
+
+            def error(damping: float) -> float:
+                hessian = gram.copy()
+                hessian[np.diag_indices_from(hessian)] += damping
+                weight = linalg.cho_solve(cholesky(hessian), (products + damping * towards).T, check_finite=False).T
+                return float(power - 2 * np.sum(weight * test_products) + np.sum((weight @ test_gram) * weight))
 
         # The error falls and then rises with the damping.
         best = _DAMPINGS.index(DAMPING)
-        least = error(best)
+        least = error(self._lam(_DAMPINGS[best]))
         for step in (1, -1):
-            while 0 <= best + step < len(_DAMPINGS) and (tried := error(best + step)) < least:
+            while 0 <= best + step < len(_DAMPINGS) and (tried := error(self._lam(_DAMPINGS[best + step]))) < least:
                 best, least = best + step, tried
-        return self._damped(_DAMPINGS[best])
-
-    def _damped(self, damping: float) -> LayerSamples:
-        """The same samples with another damping; what does not depend on it is shared."""
-        if not self.few:
-            _ = self._gram, self._products  # computed before the copy, for both
-        other = copy.copy(self)
-        for name in ("hessian", "inverse", "cross", "fitted"):
-            other.__dict__.pop(name, None)
-        other.damping = self._lam(damping)
-        return other
+        return self._lam(_DAMPINGS[best])
 
     def error(self, weight: NDArray) -> float:
         """Squared error of a ``weight`` with its best bias, over the variance of the dense outputs."""
@@ -185,42 +252,60 @@ class LayerSamples:
             float(np.einsum("no,no->", residual, residual, dtype=np.float64)) / len(residual) / max(self.power, 1e-300)
         )
 
-    def _solve(
-        self, keep: NDArray[np.bool_], y: NDArray, towards: NDArray, cross: NDArray[np.float64] | None
-    ) -> NDArray[np.float64]:
-        """Weights for the targets ``y``, damped towards ``towards``. ``cross``: their G; None to solve by samples."""
-        supports: dict[bytes, list[int]] = {}
-        for row, mask in enumerate(keep):
-            supports.setdefault(np.packbits(mask).tobytes(), []).append(row)
-        groups = [np.array(rows) for rows in supports.values()]
-        hessian = None if cross is None else self.hessian
-
-        def solve(rows: NDArray[np.int64]) -> NDArray[np.float64]:
-            s = np.flatnonzero(keep[rows[0]])
-            if not s.size:
-                return np.zeros((rows.size, 0))
-            if cross is None or hessian is None:
-                residual = y[:, rows] - self.u[:, s] @ towards[np.ix_(rows, s)].T
-                solved = linalg.cho_solve(self._inner_factor(s), residual, check_finite=False)
-                return towards[np.ix_(rows, s)] + solved.T @ self.u[:, s]
-            factor = cholesky(hessian[np.ix_(s, s)])
-            return linalg.cho_solve(factor, cross[np.ix_(rows, s)].T, check_finite=False).T
-
-        weight = np.zeros(keep.shape)
-        for rows, fitted in zip(groups, run_threads(solve, [(rows,) for rows in groups]), strict=True):
-            weight[np.ix_(rows, np.flatnonzero(keep[rows[0]]))] = fitted
-        return weight
-
-    def _inner_factor(self, s: NDArray[np.int64]) -> tuple[NDArray, bool]:
-        part = self.u[:, s]
-        inner = (part @ part.T).astype(np.float64)
-        inner[np.diag_indices_from(inner)] += len(self.u) * self.damping
+    def _inner_factor(self, u: NDArray, damping: float) -> tuple[NDArray, bool]:
+        inner = (u @ u.T).astype(np.float64)
+        inner[np.diag_indices_from(inner)] += len(u) * damping
         return cholesky(inner)
+
+
+@dataclass(frozen=True, eq=False)
+class _Moments:
+    """First and second moments of some samples."""
+
+    count: int
+    gram: NDArray  # [features, features], mean of u u^T
+    products: NDArray  # [out, features], mean of y u^T
+    power: NDArray  # [out], mean of y^2
+    mean_in: NDArray  # [features]
+    mean_out: NDArray  # [out]
+
+    @staticmethod
+    def of(u: NDArray, y: NDArray) -> _Moments:
+        """Of samples ``u`` [n, features] and ``y`` [n, out]."""
+        return _Moments(
+            count=len(u),
+            gram=_gram(u) / np.float32(len(u)),
+            products=_inner(y, u).astype(np.float64) / len(u),
+            power=np.einsum("no,no->o", y, y, dtype=np.float64) / len(u),
+            mean_in=u.mean(axis=0, dtype=np.float64),
+            mean_out=y.mean(axis=0, dtype=np.float64),
+        )
+
+    def centered(self, rows: NDArray[np.int64], s: NDArray[np.int64]) -> tuple[NDArray, NDArray, float]:
+        """(gram, products, total power) of some outputs and features, without the means."""
+        mean_in, mean_out = self.mean_in[s], self.mean_out[rows]
+        gram = self.gram[np.ix_(s, s)] - np.outer(mean_in, mean_in)
+        products = self.products[np.ix_(rows, s)] - np.outer(mean_out, mean_in)
+        return gram, products, float(np.sum(self.power[rows] - mean_out**2))
 
 
 def cholesky(matrix: NDArray) -> tuple[NDArray, bool]:
     """The factor of a positive definite matrix, for scipy's cho_solve."""
     return linalg.cho_factor(matrix, lower=True, check_finite=False)
+
+
+def _gram(u: NDArray) -> NDArray:
+    """``u.T @ u`` in threads; only one half of it is computed."""
+    parts = np.array_split(np.arange(u.shape[1]), min(_PARTS, u.shape[1]))
+    gram = np.empty((u.shape[1], u.shape[1]), u.dtype)
+
+    def fill(columns: NDArray[np.int64]) -> None:
+        start, end = columns[0], columns[-1] + 1
+        gram[start:end, start:] = u[:, start:end].T @ u[:, start:]
+        gram[end:, start:end] = gram[start:end, end:].T
+
+    run_threads(fill, [(part,) for part in parts])
+    return gram
 
 
 def _inner(a: NDArray, b: NDArray) -> NDArray:
