@@ -258,6 +258,7 @@ def test_optimize_applies_a_plan(model: Path, calls: list, tmp_path: Path, capsy
         (["--sparsity", "1"], "sparsity: expected a number from 0 to below 1, found 1.0"),
         (["--block-size", "big"], "block_size: expected something like 32x32, found 'big'"),
         (["--importance", "hessian"], "importance hessian is measured on samples: give --calibration FILE.npz"),
+        (["--importance", "activation"], "importance activation is measured on samples: give --calibration FILE.npz"),
         (["--reorder", "best"], "reorder: expected one of exact, greedy, none"),
         (["--gathers", "drop"], "gathers: expected one of absorb, keep"),
         (["--report", "r.pdf"], "r.pdf: a report ends in .json, .md, .html"),

@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from tetris_onnx import Config, optimize
-from tetris_onnx.activations import Seen
+from tetris_onnx.activations import Activations, Seen
 from tetris_onnx.calibration import CalibrationError
+from tetris_onnx.config import ConfigError, LayerRule
 from tetris_onnx.graph import io
 from tetris_onnx.graph.layers import find_layers
+from tetris_onnx.optimize import masked_dense
 from tetris_onnx.planner import prepare
-from tetris_onnx.recovery import layer_samples, patches
+from tetris_onnx.recovery import Recovery, layer_samples, patches, recover
 
 TEXT = """
 <ir_version: 8, opset_import: ["" : 17]>
@@ -153,6 +155,26 @@ def test_magnitude_importance_still_refits(calibration: Path) -> None:
     assert errors[1] < 0.5 * errors[0]
 
 
+def test_activation_importance_looks_at_the_inputs(calibration: Path) -> None:
+    """Inputs of very uneven size: pruning by what reaches the outputs beats pruning by the weights alone."""
+    model = network()
+    unseen = inputs(32, seed=3)
+    dense = run(model, unseen)
+    error = {}
+    for importance in ("l1", "activation", "hessian"):
+        config = Config(sparsity=0.5, block_size=(8, 8), importance=importance)
+        result = optimize(model, config, calibration=calibration)
+        assert result.report.importance == importance
+        error[importance] = float(((run(result.model, unseen) - dense) ** 2).mean())
+    assert error["hessian"] < error["activation"] < error["l1"], error
+
+
+@pytest.mark.parametrize("importance", ["activation", "hessian"])
+def test_importance_that_is_measured_needs_samples(importance: str) -> None:
+    with pytest.raises(ConfigError, match=f"importance {importance} is measured on samples"):
+        optimize(network(), Config(importance=importance))
+
+
 def test_calibration_that_does_not_fit_is_one_clear_line(tmp_path: Path) -> None:
     np.savez(tmp_path / "wrong.npz", image=inputs(4, seed=1))
     with pytest.raises(CalibrationError, match="no array 'x'; found image"):
@@ -164,3 +186,86 @@ def test_progress_counts_the_layers(calibration: Path) -> None:
     optimize(network(), CONFIG, calibration=calibration, progress=lambda *call: calls.append(call))
     steps = [(done, total) for stage, done, total in calls if stage == "recover"]
     assert steps == [(i, steps[0][1]) for i in range(steps[0][1] + 1)]
+
+
+TWO_BRANCHES = """
+<ir_version: 8, opset_import: ["" : 17]>
+net (float[N, 3, 12, 12] x) => (float[N, 10] y)
+{
+  s0 = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (x, ws)
+  s = Relu (s0)
+  a = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (s, wa)
+  b = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (s, wb)
+  t0 = Add (b, a)
+  t = Relu (t0)
+  c = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (t, wc)
+  u = Relu (c)
+  g = GlobalAveragePool (u)
+  f = Flatten (g)
+  y = MatMul (f, wy)
+}
+"""
+
+
+def two_branches() -> onnx.ModelProto:
+    rng = np.random.default_rng(4)
+    model = onnx.parser.parse_model(TWO_BRANCHES)
+    shapes = {"ws": (16, 3, 3, 3), **{name: (16, 16, 3, 3) for name in ("wa", "wb", "wc")}, "wy": (16, 10)}
+    for name, shape in shapes.items():
+        scale = np.exp(rng.standard_normal(shape[:2] + (1,) * (len(shape) - 2))) / 20
+        values = (rng.standard_normal(shape) * scale).astype(np.float32)
+        model.graph.initializer.append(numpy_helper.from_array(values, name))
+    return model
+
+
+def relative_errors(model: onnx.ModelProto, dense: onnx.ModelProto, names: list[str], x: NDArray) -> dict[str, float]:
+    found = []
+    for one in (model, dense):
+        extended = onnx.ModelProto()
+        extended.CopyFrom(one)
+        known = {o.name for o in extended.graph.output}
+        extended.graph.output.extend(onnx.helper.make_empty_tensor_value_info(n) for n in names if n not in known)
+        session = ort.InferenceSession(extended.SerializeToString(), providers=["CPUExecutionProvider"])
+        found.append(dict(zip(names, session.run(names, {"x": x}), strict=True)))
+    return {
+        name: float(((found[0][name] - found[1][name]) ** 2).sum() / found[1][name].var() / found[1][name].size)
+        for name in names
+    }
+
+
+def recovered(model: onnx.ModelProto, x: NDArray) -> tuple[onnx.ModelProto, Recovery]:
+    """The dense model with the recovered weights."""
+    graph = prepare(io.to_graph(model))
+    proto = io.to_proto(graph, model)
+    found = recover(graph, proto, Config(sparsity=0.5, block_size=(8, 8)), {"x": x})
+    return masked_dense(model, found.plan, found.weights), found
+
+
+def test_a_layer_before_an_add_makes_up_for_the_other_branch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, unseen = two_branches(), inputs(32, seed=3)
+    errors = {}
+    for together in (True, False):
+        if not together:
+            monkeypatch.setattr(Activations, "_added_to", lambda self, layer: None)
+        result, found = recovered(model, inputs(48, seed=1))
+        assert {"a", "b", "c"} <= set(found.weights)
+        errors[together] = relative_errors(result, model, ["t"], unseen)
+    assert errors[True]["t"] < 0.8 * errors[False]["t"], errors
+
+
+def test_layers_that_stay_dense_make_up_for_those_before_them() -> None:
+    model, unseen = two_branches(), inputs(64, seed=3)
+    result, found = recovered(model, inputs(256, seed=1))
+    assert found.plan.get("y") is None and "y" in found.weights  # too small to prune
+    assert "s0" not in found.weights  # nothing comes before it
+    without = masked_dense(model, found.plan, {name: w for name, w in found.weights.items() if name != "y"})
+    after, before = (relative_errors(m, model, ["y"], unseen)["y"] for m in (result, without))
+    assert after < 0.9 * before, (after, before)
+
+
+def test_skipped_layers_are_left_alone() -> None:
+    model = two_branches()
+    graph = prepare(io.to_graph(model))
+    config = Config(sparsity=0.5, block_size=(8, 8), layers=(LayerRule("y", skip=True), LayerRule("c", skip=True)))
+    found = recover(graph, io.to_proto(graph, model), config, {"x": inputs(48, seed=1)})
+    assert {"y", "c"}.isdisjoint(found.weights) and {"a", "b"} <= set(found.weights)

@@ -22,6 +22,7 @@ from rich.console import Console
 from tetris_onnx.config import (
     GATHERS,
     IMPORTANCES,
+    MEASURED_IMPORTANCES,
     REORDERS,
     TARGETS,
     Config,
@@ -200,8 +201,10 @@ def optimize(
         _refuse_together("--plan", searched)
     chosen = _config(config, sparsity, block_size, gathers, reorder, importance, seed, target)
     chosen = replace(chosen, memory=int(memory * 1e9))
-    if chosen.importance == "hessian" and calibration is None:
-        raise UsageError("importance hessian is measured on samples: give --calibration FILE.npz, or use l1 or l2")
+    if chosen.importance in MEASURED_IMPORTANCES and calibration is None:
+        raise UsageError(
+            f"importance {chosen.importance} is measured on samples: give --calibration FILE.npz, or use l1 or l2"
+        )
     _check_outputs(model, {"-o": output, "--save-plan": save_plan, "--report": report})
     if dump_passes is not None and dump_passes.exists() and not dump_passes.is_dir():
         raise UsageError(f"--dump-passes {dump_passes}: not a folder")

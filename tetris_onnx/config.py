@@ -31,7 +31,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib  # type: ignore[import-not-found,unused-ignore]
 
-IMPORTANCES = ("auto", "l1", "l2", "hessian")  # auto: hessian with calibration samples, else l1
+IMPORTANCES = ("auto", "l1", "l2", "activation", "hessian")  # auto: hessian with calibration samples, else l1
+MEASURED_IMPORTANCES = ("activation", "hessian")  # need calibration samples
 REORDERS = ("exact", "greedy", "none")
 GATHERS = ("absorb", "keep")
 TARGETS = ("cpu", "cuda")

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 
 from tetris_onnx.calibration import CalibrationError, InputSpec, Samples, count, fixed_batch, load_samples, model_inputs
 from tetris_onnx.compare import compare
-from tetris_onnx.config import Config
+from tetris_onnx.config import MEASURED_IMPORTANCES, Config, ConfigError
 from tetris_onnx.graph import io
 from tetris_onnx.graph.channels import gather_permutation
 from tetris_onnx.graph.layers import CONV_ADD, CONV_MAX_POOL
@@ -76,10 +76,13 @@ def optimize(
     The result is compared with the dense model that has the same weights and zero blocks, on random inputs and on some
     of the samples.
 
-    Raises `ModelError` (a file that is no model), `CalibrationError` (samples that do not fit), `PlanError` (a plan for
+    Raises `ConfigError` (an importance that needs samples, and none), `ModelError` (a file that is no model),
+    `CalibrationError` (samples that do not fit), `PlanError` (a plan for
     another model), `PassError` and `VerificationError` (a mistake of ours: the model must not be used).
     """
     config = config or Config()
+    if config.importance in MEASURED_IMPORTANCES and calibration is None and plan is None:
+        raise ConfigError(f"importance {config.importance} is measured on samples: give calibration, or use l1 or l2")
     clock = _Clock(progress)
     with clock.stage("load"):
         original = io.load(model) if isinstance(model, (str, Path)) else model

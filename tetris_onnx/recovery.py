@@ -146,16 +146,17 @@ def patches(layer: Layer, image: NDArray, out_shape: tuple[int, ...], chosen: ND
 def _choose(candidate: Candidate, seen: LayerSamples, config: Config) -> tuple[LayerPlan, tuple[float, float]]:
     """Permutations and blocks of one layer, and the shares of importance retained with and without reordering."""
     layer, block, sparsity = candidate.layer, candidate.block_size, candidate.options.sparsity
-    by_magnitude = config.importance in ("l1", "l2")
-    if by_magnitude:
+    by_error = config.importance in ("auto", "hessian")
+    if config.importance in ("l1", "l2"):
         scores = magnitude(layer, config)
     else:
-        scores = seen.saliency().reshape(*layer.weight_shape[:2], -1).sum(axis=2)
+        single = seen.saliency() if by_error else seen.activation()
+        scores = single.reshape(*layer.weight_shape[:2], -1).sum(axis=2)
     axes = free_axes(candidate, config)
     found = search_order(scores, block, sparsity, axes, config.reorder, config.seed)
     out_perm, in_perm = found.perms
     plan = LayerPlan(layer.name, out_perm, in_perm, block, found.keep)
-    if not by_magnitude and not seen.few:
+    if by_error and not seen.few:
         drop = found.keep.size - keep_count(found.keep.size, sparsity)
         movable = axes if config.reorder != "none" else ()
         exact = search(seen, (out_perm, in_perm), block, drop, movable, config.workers)

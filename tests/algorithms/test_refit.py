@@ -58,6 +58,12 @@ def test_saliency_is_the_error_that_dropping_a_weight_adds() -> None:
         assert error == pytest.approx(saliency[row, feature], rel=1e-2)  # the dense fit's own error is rounding
 
 
+def test_activation_importance_is_what_a_weight_adds_to_the_output() -> None:
+    u, y, weight = problem()
+    expected = [[np.sqrt(np.mean((w * u[:, f]) ** 2)) for f, w in enumerate(row)] for row in weight]
+    np.testing.assert_allclose(LayerSamples(u, y, weight).activation(), expected, rtol=1e-4)
+
+
 def test_few_samples_give_what_the_primal_problem_gives() -> None:
     u, y, weight = problem(n=8)
     few = LayerSamples(u, y, weight)

@@ -133,6 +133,11 @@ class LayerSamples:
         fitted = self.weight + (self.y - self.u @ self.weight.T).T @ solved
         return fitted**2 / np.maximum(diagonal, np.finfo(np.float64).tiny)
 
+    def activation(self) -> NDArray[np.float64]:
+        """``|w|`` of each weight [out, features] times the norm of its feature (Sun et al., Wanda, 2023)."""
+        power = np.einsum("nf,nf->f", self.u, self.u, dtype=np.float64) / len(self.u) + self.mean_in**2
+        return np.abs(self.weight) * np.sqrt(power)
+
     def refit(
         self,
         keep: NDArray[np.bool_],
