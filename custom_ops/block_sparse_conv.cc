@@ -137,7 +137,7 @@ ConvOp<F>::ConvOp(const ort::Api& api, const NodeReader& node) : api_(api), node
   const BlockSparseWeight weight = node.weight(node_.weight_shape());
   try {
     kernel_ = std::make_unique<ConvKernel>(node_.attributes(), weight, activation,
-                                           kernels_for(node.precision(), weight), F);
+                                           kernels_for(node.precision(), weight), F, select_conv_algorithm());
   } catch (const std::logic_error& error) {
     node.fail(error.what());
   } catch (const std::runtime_error& error) {

@@ -28,6 +28,8 @@ struct Avx512 {
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Vec a) { _mm512_storeu_ps(p, a); }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+  static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
   static Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
@@ -44,6 +46,15 @@ struct Avx512 {
   // Masking the multiplication is free, masking the load costs an extra operation.
   static Vec mask_input(Vec x, Mask, Vec) { return x; }
   static Vec fma_masked(Vec w, Vec x, Vec acc, Mask mask) { return _mm512_mask3_fmadd_ps(w, x, acc, mask); }
+  static void store_masked(float* p, Vec a, Mask mask) { _mm512_mask_storeu_ps(p, mask, a); }
+  static Vec even(Vec a, Vec b) { return _mm512_permutex2var_ps(a, every_other(0), b); }
+  static Vec odd(Vec a, Vec b) { return _mm512_permutex2var_ps(a, every_other(1), b); }
+  static Vec zip_low(Vec a, Vec b) { return _mm512_permutex2var_ps(a, zipped(0), b); }
+  static Vec zip_high(Vec a, Vec b) { return _mm512_permutex2var_ps(a, zipped(8), b); }
+  static Vec next(Vec a, float x) {
+    const __m512i last = _mm512_castps_si512(_mm512_set1_ps(x));
+    return _mm512_castsi512_ps(_mm512_alignr_epi32(last, _mm512_castps_si512(a), 1));
+  }
   static void copy_rows(float* to, const float* from, const RowCopy& copy) {
     if (copy.stride > 2) {
       for (int64_t r = 0; r < copy.rows; ++r) {
@@ -109,6 +120,14 @@ struct Avx512 {
     }
   }
 
+  static __m512i every_other(int first) {
+    return _mm512_add_epi32(_mm512_set1_epi32(first),
+                            _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30));
+  }
+  static __m512i zipped(int first) {
+    return _mm512_add_epi32(_mm512_set1_epi32(first),
+                            _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23));
+  }
   // Lanes [begin, end).
   static Mask between(int64_t begin, int64_t end) { return static_cast<Mask>(first(end) & ~first(begin)); }
   static uint32_t first(int64_t count) {

@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "quantize.h"
+#include "winograd.h"
 
 namespace tetris {
 namespace {
@@ -52,7 +53,7 @@ Spatial conv_output_size(const ConvAttributes& a, const Spatial& input) {
 }
 
 ConvKernel::ConvKernel(const ConvAttributes& attributes, const BlockSparseWeight& weight, Activation activation,
-                       const KernelSet& kernels, Fused fused)
+                       const KernelSet& kernels, Fused fused, ConvAlgorithm algorithm)
     : attributes_(attributes),
       activation_(activation),
       kernels_(kernels),
@@ -60,7 +61,8 @@ ConvKernel::ConvKernel(const ConvAttributes& attributes, const BlockSparseWeight
       inputs_(weight.inputs),
       outputs_(weight.outputs),
       taps_(weight.taps),
-      output_perm_(weight.output_perm, weight.output_perm + weight.outputs) {
+      output_perm_(weight.output_perm, weight.output_perm + weight.outputs),
+      algorithm_(algorithm) {
   const std::vector<int64_t> begins = weight.row_begins();
   // Channels that share an element are neighbors in the reordered order and in the same block, so that all block rows can
   // read the same elements.
@@ -752,10 +754,24 @@ std::vector<Quantization> ConvKernel::quantize_images(const float* x, int64_t ba
   return quantized;
 }
 
+ConvAlgorithm ConvKernel::algorithm_for(int64_t batch, const Spatial& input) const {
+  const bool applies = kernels_.precision == Precision::kFloat32 && WinogradConv::applies(attributes_, input);
+  if (algorithm_ == ConvAlgorithm::kDirect || !applies) return ConvAlgorithm::kDirect;
+  return algorithm_ == ConvAlgorithm::kAuto ? WinogradConv::choose(*this, batch, input) : algorithm_;
+}
+
 void ConvKernel::run(const float* x, const float* addend, int64_t batch, const Spatial& input, float* y,
                      const ThreadPool& pool) const {
+  if (batch == 0) return;
+  const ConvAlgorithm algorithm = algorithm_for(batch, input);
+  if (algorithm == ConvAlgorithm::kWinograd2 || algorithm == ConvAlgorithm::kWinograd4) {
+    const int size = algorithm == ConvAlgorithm::kWinograd2 ? 2 : 4;
+    LazyWinograd& winograd = size == 2 ? winograd2_ : winograd4_;
+    std::call_once(winograd.once, [&] { winograd.conv = std::make_unique<WinogradConv>(*this, size); });
+    return winograd.conv->run(x, addend, batch, input, y, pool);
+  }
   const std::shared_ptr<const Plan> plan = plan_for(input);
-  if (batch == 0 || plan->result_plane == 0 || outputs_ == 0) return;
+  if (plan->result_plane == 0 || outputs_ == 0) return;
   Work work{*this, *plan, x, addend, y};
   std::vector<Quantization> quantized;
   if (kernels_.precision == Precision::kInt8) {

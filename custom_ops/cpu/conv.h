@@ -31,14 +31,20 @@ Spatial conv_output_size(const ConvAttributes& attributes, const Spatial& input)
 // pooling gets into memory: the threads keep a few rows of it at a time.
 enum class Fused { kNothing, kAdd, kMaxPool };
 
+class WinogradConv;
+
 class ConvKernel {
  public:
   ConvKernel(const ConvAttributes& attributes, const BlockSparseWeight& weight, Activation activation,
-             const KernelSet& kernels, Fused fused = Fused::kNothing);
+             const KernelSet& kernels, Fused fused = Fused::kNothing,
+             ConvAlgorithm algorithm = ConvAlgorithm::kAuto);
   ~ConvKernel();
 
   int64_t inputs() const { return inputs_; }
   int64_t outputs() const { return outputs_; }
+
+  // What computes an input of this size: the one asked for where it applies, by default the one estimated to be fastest.
+  ConvAlgorithm algorithm_for(int64_t batch, const Spatial& input) const;
 
   // y[batch][outputs][output size] from x[batch][inputs][input] and, for kAdd, addend, of the size of y, which may be in
   // the same place. May be called from several threads at once.
@@ -46,6 +52,7 @@ class ConvKernel {
            const ThreadPool& pool) const;
 
  private:
+  friend class WinogradConv;
   struct Plan;
   struct Work;
   // Input channels that share an element: one, or up to as many as the precision packs.
@@ -89,6 +96,13 @@ class ConvKernel {
   Buffer bias_;                       // [row group][row]
   Buffer row_scale_;                  // kInt8 only, as row_sum_; [row group][row]
   std::vector<int32_t> row_sum_;
+  ConvAlgorithm algorithm_;
+  // Made when an input first needs them: the size is known only then.
+  struct LazyWinograd {
+    std::once_flag once;
+    std::unique_ptr<WinogradConv> conv;
+  };
+  mutable LazyWinograd winograd2_, winograd4_;
   mutable std::mutex plans_mutex_;
   mutable std::vector<std::shared_ptr<const Plan>> plans_;  // of the latest input sizes
 };

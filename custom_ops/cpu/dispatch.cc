@@ -82,4 +82,15 @@ const KernelSet& select_kernels(Precision precision) {
   return *best;
 }
 
+ConvAlgorithm select_conv_algorithm() {
+  const char* value = std::getenv("TETRIS_ONNX_CONV");
+  const std::string name = value == nullptr ? "" : value;
+  if (name.empty() || name == "auto") return ConvAlgorithm::kAuto;
+  if (name == "direct") return ConvAlgorithm::kDirect;
+  if (name == "winograd2") return ConvAlgorithm::kWinograd2;
+  if (name == "winograd4") return ConvAlgorithm::kWinograd4;
+  throw std::invalid_argument("environment variable TETRIS_ONNX_CONV is '" + name +
+                              "', expected auto, direct, winograd2 or winograd4");
+}
+
 }  // namespace tetris

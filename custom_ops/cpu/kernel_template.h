@@ -445,6 +445,14 @@ void gemm_tile_samples(const GemmTile& tile) {
 
 void gemm_tile(const GemmTile& tile) { gemm_tile_samples<V::kGemmSamples>(tile); }
 
+}  // namespace
+}  // namespace tetris
+
+#include "winograd_template.h"
+
+namespace tetris {
+namespace {
+
 // The lanes of one row that `V` leaves over, from position `i` of the copied ones on, and the zeros around them.
 void copy_row_end(float* to, const float* from, const RowCopy& copy, int64_t i) {
   for (; i < copy.count; ++i) to[copy.before + i] = from[i * copy.stride];
@@ -488,6 +496,8 @@ constexpr KernelSet make_kernel_set(const char* name) {
   set.pool_rows = pool_rows;
   if constexpr (Traits::kPrecision == Precision::kFloat32) {
     set.copy_rows = Traits::copy_rows;
+    set.winograd_input = winograd_input<Traits>;
+    set.winograd_output = winograd_output<Traits>;
   } else {
     set.packed = Traits::kPacked;
     set.pack_rows = Traits::pack_rows;

@@ -114,6 +114,41 @@ struct PackedRows {
   Quantization quantized;  // kInt8 only
 };
 
+// Part of a row of Winograd tiles: `tiles` adjacent ones of an image, numbered from `begin` on.
+struct WinogradRun {
+  int64_t begin, tiles, image;
+  int64_t row, column;          // of the first input of the first tile; outside the map where there is padding
+  int64_t out_row, out_column;  // of its first output
+};
+
+// Transforms one channel of a strip of tiles: v[(i * n + j) * plane + t] = element (i, j) of tile t, n = tile + 2. Writes
+// up to `pitch` elements of each plane.
+struct WinogradInput {
+  int tile;        // outputs of a tile each way: 2 or 4
+  const float* x;  // the channel of image 0
+  int64_t height, width, image_stride;
+  const WinogradRun* runs;
+  int64_t run_count;
+  float* v;
+  int64_t plane, pitch;
+};
+
+// Transforms one channel of a strip's products back: y = clip(transformed m + bias + addend, low, high), m laid out as v
+// above with planes of `pitch`. Pooled, there is no addend and y is the largest value of each 2 x 2 window of that, NaN if
+// one is; the runs' outputs and height and width are those of y then.
+struct WinogradOutput {
+  int tile;
+  const float* m;
+  int64_t pitch, tiles;
+  const WinogradRun* runs;
+  int64_t run_count;
+  bool pooled;
+  const float* addend;  // the channel of image 0, or null
+  float* y;             // likewise
+  int64_t height, width, image_stride;
+  float bias, low, high;
+};
+
 struct KernelSet {
   const char* name;
   Precision precision;
@@ -130,6 +165,9 @@ struct KernelSet {
   // kInt8 only: the least and the largest of `count` numbers, and 0; NaN if one of them is.
   void (*find_range)(const float* x, int64_t count, float* low, float* high);
   void (*pool_rows)(const PoolRows& pool);
+  // kFloat32 only.
+  void (*winograd_input)(const WinogradInput& input);
+  void (*winograd_output)(const WinogradOutput& output);
 };
 
 // The kernels of each instruction set that this library was built with.
@@ -144,5 +182,13 @@ const KernelSet& neon_kernels();
 // variable TETRIS_ONNX_ISA names the best to use (scalar, avx2, avx512, avx512_vnni, avx512_bf16; scalar, neon). Throws
 // std::invalid_argument when it names something unknown or not supported here.
 const KernelSet& select_kernels(Precision precision = Precision::kFloat32);
+
+// How a convolution is computed. Winograd's (winograd.h) are for 3x3 kernels of stride 1, in tiles of 2x2 or 4x4 outputs;
+// others are computed directly whatever is asked for.
+enum class ConvAlgorithm { kAuto, kDirect, kWinograd2, kWinograd4 };
+
+// What the environment variable TETRIS_ONNX_CONV names (auto, direct, winograd2, winograd4). Throws std::invalid_argument
+// when it names something else.
+ConvAlgorithm select_conv_algorithm();
 
 }  // namespace tetris

@@ -20,6 +20,8 @@ struct V {
   static Vec load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, Vec a) { _mm256_storeu_ps(p, a); }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  static Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+  static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
   static Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
@@ -36,6 +38,19 @@ struct V {
   static Vec load_masked(const float* p, Mask mask) { return _mm256_maskload_ps(p, mask); }
   static Vec mask_input(Vec x, Mask mask, Vec) { return _mm256_and_ps(x, _mm256_castsi256_ps(mask)); }
   static Vec fma_masked(Vec w, Vec x, Vec acc, Mask) { return fma(w, x, acc); }
+  static void store_masked(float* p, Vec a, Mask mask) { _mm256_maskstore_ps(p, mask, a); }
+  static Vec even(Vec a, Vec b) { return unshuffle(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(2, 0, 2, 0))); }
+  static Vec odd(Vec a, Vec b) { return unshuffle(_mm256_shuffle_ps(a, b, _MM_SHUFFLE(3, 1, 3, 1))); }
+  static Vec zip_low(Vec a, Vec b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+  }
+  static Vec zip_high(Vec a, Vec b) {
+    return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+  }
+  static Vec next(Vec a, float x) {
+    const Vec rotated = _mm256_permutevar8x32_ps(a, _mm256_setr_epi32(1, 2, 3, 4, 5, 6, 7, 0));
+    return _mm256_blend_ps(rotated, set1(x), 0x80);
+  }
   static void copy_rows(float* to, const float* from, const RowCopy& copy) {
     for (int64_t r = 0; r < copy.rows; ++r, to += copy.width, from += copy.from_stride) {
       float* out = to + copy.before;
@@ -45,12 +60,16 @@ struct V {
       } else if (copy.stride == 2) {
         // 8 results come from 16 floats, the last of which may lie beyond the end.
         for (; i + 9 <= copy.count; i += 8) {
-          const __m256 even = _mm256_shuffle_ps(load(from + 2 * i), load(from + 2 * i + 8), _MM_SHUFFLE(2, 0, 2, 0));
-          store(out + i, _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), _MM_SHUFFLE(3, 1, 2, 0))));
+          store(out + i, even(load(from + 2 * i), load(from + 2 * i + 8)));
         }
       }
       copy_row_end(to, from, copy, i);
     }
+  }
+
+  // What a shuffle does within the halves of two vectors, put in order.
+  static Vec unshuffle(Vec a) {
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(a), _MM_SHUFFLE(3, 1, 2, 0)));
   }
 
   using RowVec = __m128;

@@ -20,6 +20,8 @@ struct V {
   static Vec load(const float* p) { return vld1q_f32(p); }
   static void store(float* p, Vec a) { vst1q_f32(p, a); }
   static Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
+  static Vec sub(Vec a, Vec b) { return vsubq_f32(a, b); }
+  static Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
   static Vec fma(Vec a, Vec b, Vec c) { return vfmaq_f32(c, a, b); }
   // vmaxq and vminq return NaN when either argument is NaN, which is what clipping needs.
   static Vec max(Vec a, Vec b) { return vmaxq_f32(a, b); }
@@ -39,6 +41,20 @@ struct V {
   }
   static Vec mask_input(Vec x, Mask mask, Vec) { return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(x), mask)); }
   static Vec fma_masked(Vec w, Vec x, Vec acc, Mask) { return fma(w, x, acc); }
+  static void store_masked(float* p, Vec a, Mask mask) {
+    uint32_t on[4];
+    vst1q_u32(on, mask);
+    float lanes[4];
+    vst1q_f32(lanes, a);
+    for (int i = 0; i < 4; ++i) {
+      if (on[i] != 0) p[i] = lanes[i];
+    }
+  }
+  static Vec even(Vec a, Vec b) { return vuzp1q_f32(a, b); }
+  static Vec odd(Vec a, Vec b) { return vuzp2q_f32(a, b); }
+  static Vec zip_low(Vec a, Vec b) { return vzip1q_f32(a, b); }
+  static Vec zip_high(Vec a, Vec b) { return vzip2q_f32(a, b); }
+  static Vec next(Vec a, float x) { return vextq_f32(a, vdupq_n_f32(x), 1); }
   static void copy_rows(float* to, const float* from, const RowCopy& copy) {
     for (int64_t r = 0; r < copy.rows; ++r, to += copy.width, from += copy.from_stride) {
       float* out = to + copy.before;

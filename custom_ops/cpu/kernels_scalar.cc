@@ -18,6 +18,8 @@ struct V {
   static Vec load(const float* p) { return *p; }
   static void store(float* p, Vec a) { *p = a; }
   static Vec add(Vec a, Vec b) { return a + b; }
+  static Vec sub(Vec a, Vec b) { return a - b; }
+  static Vec mul(Vec a, Vec b) { return a * b; }
   static Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
   static Vec max(Vec a, Vec b) { return a > b ? a : b; }
   static Vec min(Vec a, Vec b) { return a < b ? a : b; }
@@ -27,6 +29,14 @@ struct V {
   static Vec load_masked(const float* p, Mask mask) { return mask ? *p : 0.0F; }
   static Vec mask_input(Vec x, Mask mask, Vec) { return mask ? x : 0.0F; }
   static Vec fma_masked(Vec w, Vec x, Vec acc, Mask) { return fma(w, x, acc); }
+  static void store_masked(float* p, Vec a, Mask mask) {
+    if (mask) *p = a;
+  }
+  static Vec even(Vec a, Vec) { return a; }
+  static Vec odd(Vec, Vec b) { return b; }
+  static Vec zip_low(Vec a, Vec) { return a; }
+  static Vec zip_high(Vec, Vec b) { return b; }
+  static Vec next(Vec, float x) { return x; }
   static void copy_rows(float* to, const float* from, const RowCopy& copy) {
     for (int64_t r = 0; r < copy.rows; ++r) {
       copy_row_end(to + r * copy.width, from + r * copy.from_stride, copy, 0);

@@ -16,6 +16,7 @@
 #include "cpu/conv.h"
 #include "cpu/gemm.h"
 #include "cpu/quantize.h"
+#include "cpu/winograd.h"
 
 namespace {
 
@@ -208,10 +209,17 @@ double check_conv(Random& random, const tetris::KernelSet& kernels) {
     }
   }
   if (fused == tetris::Fused::kMaxPool) expected = pooled(expected, batch * outputs, out[0], out[2]);
-  std::vector<float> y(expected.size(), std::nanf(""));
-  const tetris::ConvKernel kernel(a, weight.view, {-20.0F, 90.0F}, kernels, fused);
-  kernel.run(x.data(), addend.empty() ? nullptr : addend.data(), batch, size, y.data(), TwoThreads());
-  return difference(y, expected);
+  const bool winograd = tetris::WinogradConv::applies(a, size);
+  double worst = 0;
+  using Algorithm = tetris::ConvAlgorithm;
+  for (const Algorithm asked : {Algorithm::kAuto, Algorithm::kDirect, Algorithm::kWinograd2, Algorithm::kWinograd4}) {
+    if (asked != Algorithm::kAuto && !winograd) continue;
+    std::vector<float> y(expected.size(), std::nanf(""));
+    const tetris::ConvKernel kernel(a, weight.view, {-20.0F, 90.0F}, kernels, fused, asked);
+    kernel.run(x.data(), addend.empty() ? nullptr : addend.data(), batch, size, y.data(), TwoThreads());
+    worst = std::max(worst, difference(y, expected));
+  }
+  return worst;
 }
 
 double check_gemm(Random& random, const tetris::KernelSet& kernels) {
@@ -239,15 +247,54 @@ double check_gemm(Random& random, const tetris::KernelSet& kernels) {
   return difference(y, expected);
 }
 
+// 0 if the algorithm that is chosen is the expected one.
+int check_choice(Random& random, const tetris::KernelSet& kernels) {
+  using Algorithm = tetris::ConvAlgorithm;
+  const tetris::ConvAttributes same{{3, 1, 3}, {1, 1, 1}, {1, 1, 1}, {1, 0, 1}, {1, 0, 1}};
+  tetris::ConvAttributes strided = same;
+  strided.strides[2] = 2;
+  const Weight wide(random, 256, 256, 9), narrow(random, 8, 8, 9);
+  struct Case {
+    const char* what;
+    const tetris::ConvAttributes& attributes;
+    const Weight& weight;
+    Algorithm asked, expected;
+    int64_t batch;
+    Spatial size;
+  };
+  const Case cases[] = {
+      {"many channels, large map", same, wide, Algorithm::kAuto, Algorithm::kWinograd4, 1, {56, 1, 56}},
+      {"a single pixel", same, wide, Algorithm::kAuto, Algorithm::kDirect, 1, {1, 1, 1}},
+      {"few channels", same, narrow, Algorithm::kAuto, Algorithm::kDirect, 1, {28, 1, 28}},
+      {"stride 2", strided, wide, Algorithm::kWinograd4, Algorithm::kDirect, 1, {56, 1, 56}},
+      {"3-D", same, wide, Algorithm::kWinograd4, Algorithm::kDirect, 1, {56, 2, 56}},
+      {"asked for direct", same, wide, Algorithm::kDirect, Algorithm::kDirect, 1, {56, 1, 56}},
+      {"asked for 2x2", same, narrow, Algorithm::kWinograd2, Algorithm::kWinograd2, 1, {1, 1, 1}},
+      {"asked for 4x4", same, narrow, Algorithm::kWinograd4, Algorithm::kWinograd4, 1, {1, 1, 1}},
+  };
+  int wrong = 0;
+  for (const Case& c : cases) {
+    const tetris::ConvKernel kernel(c.attributes, c.weight.view, {-20.0F, 90.0F}, kernels, tetris::Fused::kNothing,
+                                    c.asked);
+    if (kernel.algorithm_for(c.batch, c.size) != c.expected) {
+      std::printf("%s: not the expected algorithm\n", c.what);
+      ++wrong;
+    }
+  }
+  return wrong;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   const int count = argc > 1 ? std::atoi(argv[1]) : 300;
   double most = 0;
+  int wrong = 0;
   for (const auto precision : {tetris::Precision::kFloat32, tetris::Precision::kBFloat16, tetris::Precision::kInt8}) {
     const tetris::KernelSet& kernels = tetris::select_kernels(precision);
     if (kernels.precision != precision) continue;  // the processor has none
     Random random;
+    if (precision == tetris::Precision::kFloat32) wrong += check_choice(random, kernels);
     double worst = 0;
     for (int i = 0; i < count; ++i) {
       worst = std::max({worst, check_conv(random, kernels), check_gemm(random, kernels)});
@@ -255,5 +302,5 @@ int main(int argc, char** argv) {
     std::printf("%s: %d convolutions and products, largest relative difference %.1e\n", kernels.name, count, worst);
     most = std::max(most, worst);
   }
-  return most < 1e-5 ? 0 : 1;  // float32 sums of some hundred products
+  return most < 1e-5 && wrong == 0 ? 0 : 1;  // float32 sums of some hundred products
 }

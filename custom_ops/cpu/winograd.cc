@@ -1,0 +1,362 @@
+#include "winograd.h"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <numeric>
+
+namespace tetris {
+namespace {
+
+constexpr int64_t kItemsPerThread = 4;
+constexpr size_t kMaxPlans = 8;
+constexpr size_t kPrefetchPadding = 8192;
+// Output rows whose products are kept, in the second-level cache, until they are transformed. More rows use an input
+// vector more often once it is in the first-level cache.
+constexpr int64_t kBundleRows = 32;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// G of F(m, 3), the transform of a filter, for the points that the kernels use.
+std::vector<std::array<double, 3>> filter_transform(int size) {
+  if (size == 2) return {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+  // Row of point p: (1, p, p^2) / product of the differences to the other points.
+  const double a = std::sqrt(0.5), b = std::sqrt(2.0);
+  auto row = [](double p, double divisor) {
+    return std::array<double, 3>{1 / divisor, p / divisor, p * p / divisor};
+  };
+  return {{1, 0, 0}, row(a, -1.5), row(-a, -1.5), row(b, 6), row(-b, 6), {0, 0, 1}};
+}
+
+}  // namespace
+
+// Tiles are counted through all images, row by row, and cut into strips, each of which fills the registers once: a strip's
+// transformed input, [element of the tile][channel][tile], stays in the cache while all block rows are multiplied with it.
+struct WinogradConv::Plan {
+  struct Part {
+    int64_t begin;  // first tile
+    int vectors, pixels;  // pixels: of a tail (see TapMode::kTail), which has no vectors
+  };
+  struct Strip {
+    int64_t tiles;
+    size_t run_begin, run_end, part_begin, part_end;
+  };
+
+  int64_t batch;
+  Spatial input, output;
+  int64_t input_plane, output_plane;
+  std::vector<Strip> strips;
+  std::vector<WinogradRun> runs;
+  std::vector<Part> parts;
+  int64_t pitch = 0;                    // floats between channels of the transformed input, rows of the products
+  int64_t element_stride = 0;           // floats between the elements of the transformed input
+  std::vector<int64_t> channel_offset;  // of each packed column
+  std::vector<int64_t> row_offset;      // of each row of a bundle in its products
+  std::vector<float> zeros;             // in place of a bias
+};
+
+bool WinogradConv::applies(const ConvAttributes& a, const Spatial& input) {
+  return a.kernel == Spatial{3, 1, 3} && a.strides == Spatial{1, 1, 1} && a.dilations[0] == 1 && a.dilations[2] == 1 &&
+         a.pads_begin[1] == 0 && a.pads_end[1] == 0 && input[1] == 1;
+}
+
+// The estimate counts multiplications of vectors and puts the rest in terms of them, as measured on Zen 5:
+//   a transform of a vector of tiles   kTransform for each of their elements,
+//   reading a weight                   kRead, from memory that the cores share, whatever the number of tiles it is used for.
+// Winograd must win by kMargin: the estimate is not better than that.
+ConvAlgorithm WinogradConv::choose(const ConvKernel& conv, int64_t batch, const Spatial& input) {
+  constexpr double kTransform = 16, kRead = 1, kMargin = 0.9;
+  const Spatial output = conv_output_size(conv.attributes_, input);
+  double weights = 0;  // for one tap
+  for (const ConvKernel::BlockRow& row : conv.block_rows_) {
+    for (size_t g = row.group_begin; g < row.group_end; ++g) {
+      weights += static_cast<double>(row.channel_count) * conv.groups_[g].rows;
+    }
+  }
+  auto vectors = [&](int64_t count) {
+    const int64_t tail = count % conv.kernels_.lanes;
+    const bool whole = tail == 0 || tail > conv.kernels_.tail_pixels;
+    return static_cast<double>(count / conv.kernels_.lanes) +
+           (whole ? static_cast<double>(tail > 0) : static_cast<double>(tail) / conv.kernels_.tail_pixels);
+  };
+  double best = kMargin * 9 * weights * (vectors(output[0] * output[2]) * static_cast<double>(batch) + kRead);
+  ConvAlgorithm choice = ConvAlgorithm::kDirect;
+  for (const int64_t size : {2, 4}) {
+    const double elements = static_cast<double>((size + 2) * (size + 2));
+    const int64_t down = ceil_div(output[0], size), across = ceil_div(output[2], size);
+    const double tiles = vectors(batch * down * across);
+    const double strips = std::ceil(tiles / conv.kernels_.conv_vectors);
+    // Input vectors do not span rows of tiles.
+    const double rows = static_cast<double>(batch * down * ceil_div(across, conv.kernels_.lanes));
+    const double transforms =
+        static_cast<double>(conv.used_.size()) * rows + static_cast<double>(conv.outputs_) * std::ceil(tiles);
+    const double cost = elements * (weights * (tiles + kRead * strips) + kTransform * transforms);
+    if (cost < best) {
+      best = cost;
+      choice = size == 2 ? ConvAlgorithm::kWinograd2 : ConvAlgorithm::kWinograd4;
+    }
+  }
+  return choice;
+}
+
+WinogradConv::WinogradConv(const ConvKernel& conv, int size) : conv_(conv), size_(size) {
+  // Channels in the order of the blocks: those of a kept block then lie one behind the other.
+  std::vector<int64_t> position(conv.used_.size(), -1);
+  for (const int64_t column : conv.column_) {
+    int64_t& p = position[static_cast<size_t>(column)];
+    if (p < 0) {
+      p = static_cast<int64_t>(used_.size());
+      used_.push_back(conv.used_[static_cast<size_t>(column)].channel[0]);
+    }
+    slot_.push_back(p);
+  }
+  int64_t weight_size = 0;
+  const int64_t elements = (size + 2) * (size + 2);
+  const size_t most_groups = static_cast<size_t>(std::max<int64_t>(1, kBundleRows / conv.kernels_.conv_rows));
+  for (size_t r = 0; r < conv.block_rows_.size(); ++r) {
+    const ConvKernel::BlockRow& block_row = conv.block_rows_[r];
+    for (size_t g = block_row.group_begin; g < block_row.group_end; g += most_groups) {
+      Bundle bundle{r, g, std::min(g + most_groups, block_row.group_end), weight_size};
+      for (size_t i = bundle.group_begin; i < bundle.group_end; ++i) {
+        weight_size += checked_product(checked_product(block_row.channel_count, elements), conv.groups_[i].rows);
+      }
+      bundles_.push_back(bundle);
+    }
+  }
+  heaviest_first_.resize(bundles_.size());
+  std::iota(heaviest_first_.begin(), heaviest_first_.end(), size_t{0});
+  auto work = [&](size_t i) {
+    const Bundle& bundle = bundles_[i];
+    return conv.block_rows_[bundle.block_row].channel_count *
+           static_cast<int64_t>(bundle.group_end - bundle.group_begin);
+  };
+  std::stable_sort(heaviest_first_.begin(), heaviest_first_.end(), [&](size_t a, size_t b) { return work(a) > work(b); });
+
+  weight_ = Buffer(static_cast<size_t>(weight_size) + kPrefetchPadding);
+  const std::vector<std::array<double, 3>> transform = filter_transform(size);
+  for (const Bundle& bundle : bundles_) {
+    const int64_t channels = conv.block_rows_[bundle.block_row].channel_count;
+    int64_t bundle_rows = 0, row = 0;
+    for (size_t g = bundle.group_begin; g < bundle.group_end; ++g) bundle_rows += conv.groups_[g].rows;
+    for (size_t g = bundle.group_begin; g < bundle.group_end; ++g) {
+      const ConvKernel::RowGroup& group = conv.groups_[g];
+      const float* taps = conv.weight_.data() + group.weight;
+      float* out = weight_.data() + bundle.weight + row * channels;
+      for (int64_t i = 0; i < channels; ++i, taps += 9 * group.rows, out += group.rows) {
+        for (int k = 0; k < group.rows; ++k) {
+          for (size_t p = 0; p < transform.size(); ++p) {
+            double half[3];
+            for (int q = 0; q < 3; ++q) {
+              const float* column = taps + q * group.rows + k;
+              half[q] = transform[p][0] * column[0] + transform[p][1] * column[3 * group.rows] +
+                        transform[p][2] * column[6 * group.rows];
+            }
+            for (size_t q = 0; q < transform.size(); ++q) {
+              out[static_cast<int64_t>(p * transform.size() + q) * bundle_rows * channels + k] = static_cast<float>(
+                  transform[q][0] * half[0] + transform[q][1] * half[1] + transform[q][2] * half[2]);
+            }
+          }
+        }
+      }
+      row += group.rows;
+    }
+  }
+}
+
+WinogradConv::~WinogradConv() = default;
+
+std::shared_ptr<const WinogradConv::Plan> WinogradConv::plan_for(int64_t batch, const Spatial& input) const {
+  {
+    const std::lock_guard<std::mutex> lock(plans_mutex_);
+    for (const auto& plan : plans_) {
+      if (plan->batch == batch && plan->input == input) return plan;
+    }
+  }
+  std::shared_ptr<const Plan> plan = make_plan(batch, input);
+  const std::lock_guard<std::mutex> lock(plans_mutex_);
+  if (plans_.size() == kMaxPlans) plans_.erase(plans_.begin());
+  plans_.push_back(plan);
+  return plan;
+}
+
+std::shared_ptr<const WinogradConv::Plan> WinogradConv::make_plan(int64_t batch, const Spatial& input) const {
+  auto owner = std::make_shared<Plan>();
+  Plan& plan = *owner;
+  plan.batch = batch;
+  plan.input = input;
+  const int64_t pool = conv_.fused_ == Fused::kMaxPool ? 2 : 1;
+  const Spatial output = conv_output_size(conv_.attributes_, input);
+  plan.output = {output[0] / pool, 1, output[2] / pool};
+  plan.input_plane = input[0] * input[2];
+  plan.output_plane = plan.output[0] * plan.output[2];
+
+  const int64_t lanes = conv_.kernels_.lanes, most = conv_.kernels_.conv_vectors;
+  const int64_t stored = size_ / pool;  // rows and columns of a tile in the output
+  const int64_t down = ceil_div(plan.output[0], stored), across = ceil_div(plan.output[2], stored);
+  const int64_t total = checked_product(batch, checked_product(down, across));
+  int64_t tail = total % lanes;
+  if (tail > conv_.kernels_.tail_pixels) tail = 0;
+  for (int64_t done = 0; done < total;) {
+    const int64_t left = ceil_div(total - tail - done, lanes);
+    const int64_t vectors = left == most + 1 ? ceil_div(left, 2) : std::min(left, most);
+    const bool last = vectors == left;
+    Plan::Strip strip{last ? total - done : vectors * lanes, plan.runs.size(), 0, plan.parts.size(), 0};
+    if (vectors > 0) plan.parts.push_back({0, static_cast<int>(vectors), 0});
+    if (last && tail > 0) plan.parts.push_back({vectors * lanes, 0, static_cast<int>(tail)});
+    for (int64_t tile = done; tile < done + strip.tiles;) {
+      const int64_t image = tile / (down * across), row = tile / across % down, column = tile % across;
+      const int64_t count = std::min(across - column, done + strip.tiles - tile);
+      plan.runs.push_back({tile - done, count, image, row * size_ - conv_.attributes_.pads_begin[0],
+                           column * size_ - conv_.attributes_.pads_begin[2], row * stored, column * stored});
+      tile += count;
+    }
+    strip.run_end = plan.runs.size();
+    strip.part_end = plan.parts.size();
+    plan.strips.push_back(strip);
+    plan.pitch = std::max(plan.pitch, ceil_div(strip.tiles, lanes) * lanes);
+    done += strip.tiles;
+  }
+  // An odd number of cache lines: the elements of a tile must not fight for the same lines of the cache.
+  plan.element_stride = checked_product(static_cast<int64_t>(used_.size()), plan.pitch);
+  plan.element_stride = (ceil_div(plan.element_stride, 16) | 1) * 16;
+  for (const int64_t slot : slot_) plan.channel_offset.push_back(slot * plan.pitch);
+  const int64_t elements = (size_ + 2) * (size_ + 2);
+  for (int64_t k = 0; k < std::max<int64_t>(kBundleRows, conv_.kernels_.conv_rows); ++k) {
+    plan.row_offset.push_back(k * elements * plan.pitch);
+  }
+  plan.zeros.assign(16, 0.0F);
+  return owner;
+}
+
+// One run, divided into work items.
+//   many strips: an item is a strip; the thread transforms its input in its own scratch memory;
+//   few strips: all threads transform the input, then an item is (strip, bundle).
+struct WinogradConv::Work {
+  const WinogradConv& winograd;
+  const Plan& plan;
+  const float *x, *addend;
+  float* y;
+  int64_t groups = 1, prepare_items = 0, compute_items = 0;
+  float* transformed = nullptr;  // of all strips, or null
+
+  int64_t elements() const { return (winograd.size_ + 2) * (winograd.size_ + 2); }
+  size_t strip_floats() const { return static_cast<size_t>(checked_product(plan.element_stride, elements())); }
+  int64_t group_of(int64_t item) const { return item / static_cast<int64_t>(winograd.bundles_.size()); }
+
+  void prepare(int64_t strip, int64_t item) {
+    const int64_t used = static_cast<int64_t>(winograd.used_.size());
+    transform_input(plan.strips[static_cast<size_t>(strip)], transformed + static_cast<size_t>(strip) * strip_floats(),
+                    used * item / prepare_items, used * (item + 1) / prepare_items);
+  }
+
+  void compute(int64_t item) {
+    if (transformed != nullptr) {
+      const size_t strip = static_cast<size_t>(group_of(item));
+      const size_t bundle = static_cast<size_t>(item) % winograd.bundles_.size();
+      return multiply(plan.strips[strip], transformed + strip * strip_floats(),
+                      winograd.bundles_[winograd.heaviest_first_[bundle]]);
+    }
+    const Plan::Strip& strip = plan.strips[static_cast<size_t>(item)];
+    float* v = thread_scratch<Work>(strip_floats());
+    transform_input(strip, v, 0, static_cast<int64_t>(winograd.used_.size()));
+    for (const Bundle& bundle : winograd.bundles_) multiply(strip, v, bundle);
+  }
+
+  // The used channels [begin, end) of a strip.
+  void transform_input(const Plan::Strip& strip, float* v, int64_t begin, int64_t end) const {
+    WinogradInput call{};
+    call.tile = winograd.size_;
+    call.height = plan.input[0];
+    call.width = plan.input[2];
+    call.image_stride = winograd.conv_.inputs_ * plan.input_plane;
+    call.runs = plan.runs.data() + strip.run_begin;
+    call.run_count = static_cast<int64_t>(strip.run_end - strip.run_begin);
+    call.plane = plan.element_stride;
+    call.pitch = plan.pitch;
+    for (int64_t u = begin; u < end; ++u) {
+      call.x = x + winograd.used_[static_cast<size_t>(u)] * plan.input_plane;
+      call.v = v + u * plan.pitch;
+      winograd.conv_.kernels_.winograd_input(call);
+    }
+  }
+
+  void multiply(const Plan::Strip& strip, const float* v, const Bundle& bundle) const {
+    const ConvKernel& conv = winograd.conv_;
+    const ConvKernel::BlockRow& block_row = conv.block_rows_[bundle.block_row];
+    float* products = thread_scratch<Bundle>(plan.row_offset.size() * static_cast<size_t>(elements() * plan.pitch));
+    const int64_t tap_offset = 0;
+    ConvTile call{};
+    call.channel_offset = plan.channel_offset.data() + block_row.channel_begin;
+    call.channels = block_row.channel_count;
+    call.tap_offset = &tap_offset;
+    call.taps = 1;
+    call.weight = winograd.weight_.data() + bundle.weight;
+    call.bias = plan.zeros.data();
+    call.low = -std::numeric_limits<float>::infinity();
+    call.high = std::numeric_limits<float>::infinity();
+    for (int64_t e = 0; e < elements(); ++e) {
+      const int64_t* row_offset = plan.row_offset.data();
+      for (size_t g = bundle.group_begin; g < bundle.group_end; ++g) {
+        call.rows = conv.groups_[g].rows;
+        call.valid_rows = conv.groups_[g].valid_rows;
+        call.row_offset = row_offset;
+        for (size_t p = strip.part_begin; p < strip.part_end; ++p) {
+          const Plan::Part& part = plan.parts[p];
+          call.x = v + e * plan.element_stride + part.begin;
+          call.y = products + e * plan.pitch + part.begin;
+          call.vectors = part.vectors;
+          call.mode = part.vectors > 0 ? TapMode::kPlain : TapMode::kTail;
+          call.last_lanes = part.vectors > 0 ? conv.kernels_.lanes : part.pixels;
+          conv.kernels_.conv_tile(call);
+        }
+        call.weight += call.rows * call.channels;
+        row_offset += call.rows;
+      }
+    }
+    WinogradOutput out{};
+    out.tile = winograd.size_;
+    out.tiles = strip.tiles;
+    out.pitch = plan.pitch;
+    out.runs = plan.runs.data() + strip.run_begin;
+    out.run_count = static_cast<int64_t>(strip.run_end - strip.run_begin);
+    out.pooled = conv.fused_ == Fused::kMaxPool;
+    out.height = plan.output[0];
+    out.width = plan.output[2];
+    out.image_stride = conv.outputs_ * plan.output_plane;
+    out.low = conv.activation_.low;
+    out.high = conv.activation_.high;
+    const float* rows = products;
+    for (size_t g = bundle.group_begin; g < bundle.group_end; ++g) {
+      const ConvKernel::RowGroup& group = conv.groups_[g];
+      for (int k = 0; k < group.rows; ++k, rows += elements() * plan.pitch) {
+        if (k >= group.valid_rows) continue;
+        out.m = rows;
+        const int64_t channel = conv.output_perm_[static_cast<size_t>(group.row + k)] * plan.output_plane;
+        out.y = y + channel;
+        out.addend = addend == nullptr ? nullptr : addend + channel;
+        out.bias = conv.bias_.data()[group.bias + k];
+        conv.kernels_.winograd_output(out);
+      }
+    }
+  }
+};
+
+void WinogradConv::run(const float* x, const float* addend, int64_t batch, const Spatial& input, float* y,
+                       const ThreadPool& pool) const {
+  const std::shared_ptr<const Plan> plan = plan_for(batch, input);
+  if (plan->output_plane == 0) return;
+  Work work{*this, *plan, x, addend, y};
+  const int64_t strips = static_cast<int64_t>(plan->strips.size());
+  const int64_t threads = machine_threads(), wanted = threads * kItemsPerThread;
+  work.compute_items = strips;
+  if (strips % threads != 0 && strips < std::min(wanted, kMaxGroups) && !used_.empty()) {
+    work.groups = strips;
+    work.prepare_items = std::min<int64_t>(static_cast<int64_t>(used_.size()), ceil_div(wanted, strips));
+    work.compute_items = strips * static_cast<int64_t>(bundles_.size());
+    work.transformed = thread_scratch<Plan>(work.strip_floats() * static_cast<size_t>(strips));
+  }
+  run_work(pool, work);
+}
+
+}  // namespace tetris
