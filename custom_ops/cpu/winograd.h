@@ -7,8 +7,9 @@
 // which is N^2 multiplications for a channel and a tile instead of 9 M^2: 2.25 times fewer for M = 2, 4 times for M = 4.
 // G works on one filter alone: a pruned block is zero before it and after it, so only kept blocks are multiplied.
 //
-// Rounding: relative to the largest output, about 5e-7 for M = 2 (as the direct kernel) and 2e-6 for M = 4. The points
-// 0, +-1/sqrt(2), +-sqrt(2) keep it there: the usual 0, +-1, +-2 give 9e-6. NaN and infinity spread to the whole tile.
+// Rounding: the largest error relative to the largest output is some 1e-6 for M = 2 and up to 5e-6 for M = 4, where the
+// direct kernel has up to 3e-6. The points 0, +-1/sqrt(2), +-sqrt(2) keep it there: the usual 0, +-1, +-2 have four times
+// the error. NaN and infinity spread to the whole tile.
 #pragma once
 
 #include <cstdint>
