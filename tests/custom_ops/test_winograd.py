@@ -10,7 +10,7 @@ import pytest
 from tests.custom_ops import models
 from tests.custom_ops.test_block_sparse_conv import random_input
 
-# Relative to the largest output. The transforms of 4x4 tiles add and subtract larger values than those of 2x2 tiles: the
+# Relative to the largest output. The transforms of 4x4 tiles add and subtract larger values than those of 2x2 ones: the
 # largest errors seen are 1.2e-6 and, for 512 channels, 5e-6.
 TOLERANCE = {"winograd2": 2e-6, "winograd4": 1e-5}
 
