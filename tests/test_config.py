@@ -29,7 +29,7 @@ def test_the_contract_file_gives_each_layer_its_options(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, CONTRACT))
     assert config.for_layer("features.0") == LayerConfig(0.5, (32, 32), skip=True, explicit=True)
     assert config.for_layer("features.3") == LayerConfig(0.5, (32, 32), skip=False, explicit=False)
-    assert config.for_layer("classifier.3") == LayerConfig(0.9, (64, 64), skip=False, explicit=True)
+    assert config.for_layer("classifier.3") == LayerConfig(0.9, (64, 64), skip=False, explicit=True, own_sparsity=True)
     assert config.for_layer("Classifier.3").sparsity == 0.5, "globs respect case"
 
 
@@ -37,7 +37,7 @@ def test_the_first_matching_rule_in_file_order_wins(tmp_path: Path) -> None:
     text = '[layers."z*"]\nsparsity = 0.1\n[layers."*"]\nskip = true\n[layers."za"]\nsparsity = 0.2\n'
     config = load_config(write(tmp_path, text))
     assert [rule.pattern for rule in config.layers] == ["z*", "*", "za"]
-    assert config.for_layer("za") == LayerConfig(0.1, (32, 32), skip=False, explicit=True)
+    assert config.for_layer("za") == LayerConfig(0.1, (32, 32), skip=False, explicit=True, own_sparsity=True)
     assert config.for_layer("b").skip
 
 
@@ -91,7 +91,7 @@ def test_wrong_block_sizes_are_refused(text: str) -> None:
         ("seed = -1", "seed: expected an integer from 0"),
         ("seed = 1.5", "seed: expected an integer from 0"),
         ("sparsty = 0.5", "sparsty: unknown key; did you mean 'sparsity'?"),
-        ("frobnicate = 1", "frobnicate: unknown key; known keys: sparsity, block_size"),
+        ("frobnicate = 1", "frobnicate: unknown key; known keys: sparsity, allocation"),
         ("layers = 3", "layers: expected tables"),
         ('[layers]\n"a" = 3', 'layers."a": expected a table'),
         ('[layers."a"]\nskipp = true', "layers.\"a\".skipp: unknown key; did you mean 'skip'?"),

@@ -17,13 +17,13 @@ from tetris_onnx.config import Config, LayerRule
 from tetris_onnx.graph import io
 from tetris_onnx.graph.channels import gather_permutation
 from tetris_onnx.plan import LayerPlan, Plan, PlanError
-from tetris_onnx.planner import inspect, make_plan, match_plan, prepare
+from tetris_onnx.planner import inspect, make_plan, match_plan, prepare, survey
 from tetris_onnx.report import LayerReport
 
 
 def planned(net: Net, **options: object) -> tuple[Plan, dict[str, LayerReport]]:
     config = Config(**({"workers": 1, "block_size": (16, 16)} | options))  # type: ignore[arg-type]
-    plan, rows = make_plan(prepare(io.to_graph(net.build())), config)
+    plan, rows = make_plan(survey(prepare(io.to_graph(net.build())), config), config)
     return plan, {row.layer: row for row in rows}
 
 
@@ -107,7 +107,8 @@ def test_deterministic_whatever_the_number_of_processes(monkeypatch: pytest.Monk
 def test_progress_is_told() -> None:
     seen: list[tuple[str, int, int]] = []
     graph = prepare(io.to_graph(network().build()))
-    make_plan(graph, Config(workers=1, block_size=(16, 16)), lambda *step: seen.append(step))
+    config = Config(workers=1, block_size=(16, 16))
+    make_plan(survey(graph, config), config, lambda *step: seen.append(step))
     assert seen == [("search", i, 4) for i in (1, 2, 3, 4)]
 
 
@@ -235,7 +236,8 @@ def test_layers_that_are_block_sparse_already() -> None:
     plan, _ = planned(net)
     result = rewrite(net.build(), plan)
     graph = prepare(io.to_graph(result))
-    again, rows = make_plan(graph, Config(workers=1, block_size=(16, 16)))
+    config = Config(workers=1, block_size=(16, 16))
+    again, rows = make_plan(survey(graph, config), config)
     assert len(again) == 0
     assert [row.reason for row in rows].count("it is block-sparse already") == 4
     with pytest.raises(PlanError):

@@ -19,7 +19,7 @@ from tetris_onnx.config import ConfigError, LayerRule
 from tetris_onnx.graph import io
 from tetris_onnx.graph.layers import find_layers
 from tetris_onnx.optimize import masked_dense
-from tetris_onnx.planner import prepare
+from tetris_onnx.planner import prepare, survey
 from tetris_onnx.recovery import Recovery, layer_samples, patches, recover
 
 TEXT = """
@@ -237,7 +237,8 @@ def recovered(model: onnx.ModelProto, x: NDArray) -> tuple[onnx.ModelProto, Reco
     """The dense model with the recovered weights."""
     graph = prepare(io.to_graph(model))
     proto = io.to_proto(graph, model)
-    found = recover(graph, proto, Config(sparsity=0.5, block_size=(8, 8)), {"x": x})
+    config = Config(sparsity=0.5, block_size=(8, 8))
+    found = recover(survey(graph, config), proto, config, {"x": x})
     return masked_dense(model, found.plan, found.weights), found
 
 
@@ -267,5 +268,5 @@ def test_skipped_layers_are_left_alone() -> None:
     model = two_branches()
     graph = prepare(io.to_graph(model))
     config = Config(sparsity=0.5, block_size=(8, 8), layers=(LayerRule("y", skip=True), LayerRule("c", skip=True)))
-    found = recover(graph, io.to_proto(graph, model), config, {"x": inputs(48, seed=1)})
+    found = recover(survey(graph, config), io.to_proto(graph, model), config, {"x": inputs(48, seed=1)})
     assert {"y", "c"}.isdisjoint(found.weights) and {"a", "b"} <= set(found.weights)

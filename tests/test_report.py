@@ -175,7 +175,7 @@ def test_names_from_a_model_cannot_become_markup() -> None:
     markdown = to_markdown(hostile)
     assert "<script" not in markdown
     row = next(line for line in markdown.splitlines() if "64x32x3x3" in line)
-    assert len(re.findall(r"(?<!\\)\|", row)) == 10, "nine cells"
+    assert len(re.findall(r"(?<!\\)\|", row)) == 12, "eleven cells"
 
     console = Console(file=io.StringIO(), width=400)
     print_report(hostile, console)

@@ -9,10 +9,11 @@ They live in files where they would take more memory than allowed.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TypeAlias
 
 import numpy as np
 import onnx
@@ -21,6 +22,9 @@ from onnx import helper, numpy_helper
 
 from tetris_onnx.calibration import Samples, count, fixed_batch, model_inputs
 from tetris_onnx.session import open_session, run
+
+# By layer name: another weight, in the form that its node stores, and bias [out].
+Changes: TypeAlias = Mapping[str, tuple[NDArray, NDArray]]
 
 _BATCH = 8
 
@@ -82,6 +86,16 @@ class Activations:
         """Number of samples."""
         return self._count
 
+    @property
+    def batch(self) -> int:
+        """Samples that run at a time; divides their number."""
+        return self._batch
+
+    def behind(self, layer: str, values: Sequence[str]) -> list[str]:
+        """Those of the ``values`` that depend on ``layer``, in their order."""
+        reached = self._behind([layer])
+        return [name for name in values if name != layer and self._producer.get(name) in reached]
+
     def changes(self, layer: str) -> bool:
         """Whether pruning changes what ``layer`` reads."""
         return self._is_tainted(self._nodes[self._producer[layer]].input[0])
@@ -109,7 +123,42 @@ class Activations:
     def replace(self, layer: str, weight: NDArray, bias: NDArray) -> None:
         """Give ``layer`` of the pruned network another weight, in the form that its node stores, and bias [out]."""
         index = self._producer[layer]
-        node = self._nodes[index]
+        self._replaced[index] = self._changed(layer, weight, bias)
+        self._waiting.discard(index)
+
+    def consequence(
+        self, layer: str, changes: Changes, targets: Sequence[str], first: int = 0, stop: int | None = None
+    ) -> list[NDArray]:
+        """The values ``targets`` of the dense network with ``changes``, for the samples from ``first`` to ``stop``.
+
+        ``layer`` is the last one advanced to, and no layer before it is changed: only what comes behind it runs.
+        """
+        index = self._producer[layer]
+        changed = {self._producer[name]: self._changed(name, *change) for name, change in changes.items()}
+        need: set[int] = set()
+        todo = list(targets)
+        while todo:
+            name = todo.pop()
+            producer = self._producer.get(name)
+            if producer is not None and producer not in need and (producer == index or name not in self._values[0]):
+                need.add(producer)
+                todo += _reads(self._nodes[producer])
+        order = sorted(need)
+        made = {name for i in order for name in self._nodes[i].output if name}
+        reads = {name for i in order for name in _reads(self._nodes[i])} - made
+        given = {name: self._values[0][name] for name in sorted(reads) if name not in self._initializers}
+        kept = [name for name in targets if name in made]
+        values: dict[str, NDArray] = {}
+        if kept:
+            session = open_session(self._part(order, changed, given, kept))
+            values = self._collect(session, given, kept, first, self._count if stop is None else stop)
+        return [values[name] if name in values else self._values[0][name][first:stop] for name in targets]
+
+    def _changed(
+        self, layer: str, weight: NDArray, bias: NDArray
+    ) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+        """The nodes and constants of a layer with another weight and bias."""
+        node = self._nodes[self._producer[layer]]
         constants = [
             numpy_helper.from_array(np.ascontiguousarray(weight, np.float32), f"{layer}/weight_refit"),
             numpy_helper.from_array(np.ascontiguousarray(bias, np.float32), f"{layer}/bias_refit"),
@@ -124,23 +173,26 @@ class Activations:
             nodes.append(helper.make_node("Add", [f"{layer}/product", constants[1].name], [layer]))
         else:
             changed.input.append(constants[1].name)
-        self._replaced[index] = nodes, constants
-        self._waiting.discard(index)
+        return nodes, constants
 
-    def _added_to(self, layer: str) -> str | None:
-        """The value that the only reader of ``layer``, an Add, adds to it; None where pruning has not changed it (yet).
-
-        The error in it (of a residual network's shortcut, say) is one that the layer can make up for.
-        """
+    def partner(self, layer: str) -> str | None:
+        """What the only reader of ``layer``, an Add, adds to it; None where the reader is another operator."""
         readers = self._readers.get(layer, [])
         if len(readers) != 1 or self._nodes[readers[0]].op_type != "Add" or self._nodes[readers[0]].domain:
             return None
         left, right = self._nodes[readers[0]].input
         other = right if left == layer else left
-        if other == layer or not self._is_tainted(other):
+        return None if other == layer or self._producer[layer] in self._before(other) else other
+
+    def _added_to(self, layer: str) -> str | None:
+        """The `partner` of a layer where pruning has changed it, and will not change it any more.
+
+        The error in it (of a residual network's shortcut, say) is one that the layer can make up for.
+        """
+        other = self.partner(layer)
+        if other is None or not self._is_tainted(other) or self._before(other) & self._waiting:
             return None
-        before = self._before(other)
-        return None if self._producer[layer] in before or before & self._waiting else other
+        return other
 
     def _before(self, name: str) -> set[int]:
         """The nodes that a value depends on."""
@@ -189,8 +241,8 @@ class Activations:
         self._done[version].update(need)
         kept = [name for name in sorted(made) if name in self._wanted or self._is_read_later(version, name)]
         given = {name: self._value(version, name) for name in sorted(reads) if name not in self._initializers}
-        part = self._part(version, order, given, kept)
-        self._values[version].update(self._collect(open_session(part), given, kept))
+        part = self._part(order, self._replaced if version == 1 else {}, given, kept)
+        self._values[version].update(self._collect(open_session(part), given, kept, 0, self._count))
         self._forget()
 
     def _value(self, version: int, name: str) -> NDArray:
@@ -213,14 +265,20 @@ class Activations:
                 if name not in self._wanted and not self._is_read_later(version, name):
                     del values[name]
 
-    def _part(self, version: int, order: list[int], given: dict[str, NDArray], kept: list[str]) -> onnx.ModelProto:
-        """The nodes ``order`` as a model of their own."""
+    def _part(
+        self,
+        order: list[int],
+        replaced: dict[int, tuple[list[onnx.NodeProto], list[onnx.TensorProto]]],
+        given: dict[str, NDArray],
+        kept: list[str],
+    ) -> onnx.ModelProto:
+        """The nodes ``order`` as a model of their own, some of them replaced."""
         nodes: list[onnx.NodeProto] = []
         constants: dict[str, onnx.TensorProto] = {}
         for index in order:
             own = [self._nodes[index]]
-            if version == 1 and index in self._replaced:
-                own, extra = self._replaced[index]
+            if index in replaced:
+                own, extra = replaced[index]
                 constants |= {t.name: t for t in extra}
             nodes += own
             for node in own:
@@ -237,19 +295,21 @@ class Activations:
         part.graph.CopyFrom(helper.make_graph(nodes, "part", inputs, outputs, list(constants.values())))
         return part
 
-    def _collect(self, session: object, given: dict[str, NDArray], kept: list[str]) -> dict[str, NDArray]:
-        """Run all samples through a part: the values that it gives, first axis = samples."""
+    def _collect(
+        self, session: object, given: dict[str, NDArray], kept: list[str], first: int, stop: int
+    ) -> dict[str, NDArray]:
+        """Run the samples ``first`` to ``stop`` through a part: the values that it gives, first axis = samples."""
         arrays: dict[str, NDArray] = {}
-        for start in range(0, self._count, self._batch):
+        for start in range(first, stop, self._batch):
             part = slice(start, start + self._batch)
             feed = {name: array[part] if name in self._sliced else array for name, array in given.items()}
             for name, result in zip(kept, run(session, feed, "the model"), strict=True):
                 value = np.asarray(result)
-                if start == 0 and value.ndim and len(value) == self._batch:
+                if start == first and value.ndim and len(value) == self._batch:
                     self._sliced.add(name)
-                    arrays[name] = self._allocate((self._count, *value.shape[1:]), value.dtype)
+                    arrays[name] = self._allocate((stop - first, *value.shape[1:]), value.dtype)
                 if name in self._sliced:
-                    arrays[name][part] = value
+                    arrays[name][start - first : start - first + self._batch] = value
                 else:
                     arrays[name] = value
         return arrays

@@ -6,20 +6,18 @@ what it needs, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
-import json as json_format
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from tetris_onnx.config import (
+    ALLOCATIONS,
     GATHERS,
     IMPORTANCES,
     MEASURED_IMPORTANCES,
@@ -29,12 +27,11 @@ from tetris_onnx.config import (
     load_config,
     parse_block_size,
 )
+from tetris_onnx.terminal import open_console, percent_of, print_json, show_progress
 
 if TYPE_CHECKING:
     from tetris_onnx.report import LayerReport, Report
 
-# Tables in a pipe or a log file are not cut to 80 columns.
-_PIPE_WIDTH = 160
 _BENCH_SECONDS = 3.0
 
 _NOT_CALIBRATED = (
@@ -132,6 +129,18 @@ def optimize(
         float | None,
         typer.Option(help="Share of each layer's weights to prune.", show_default="0.5"),
     ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(ALLOCATIONS),
+            help="How much to prune where: the same everywhere, or where it costs the least accuracy.",
+            show_default="uniform",
+        ),
+    ] = None,
+    speedup: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Prune as much as makes the network X times faster, by prediction."),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="TOML file with the options of each layer."),
@@ -191,6 +200,8 @@ def optimize(
     """Reorder and prune MODEL in blocks, verify the result and write it."""
     searched = {
         "--sparsity": sparsity,
+        "--allocation": allocation,
+        "--speedup": speedup,
         "--config": config,
         "--block-size": block_size,
         "--reorder": reorder,
@@ -199,7 +210,9 @@ def optimize(
     }
     if plan is not None:
         _refuse_together("--plan", searched)
-    chosen = _config(config, sparsity, block_size, gathers, reorder, importance, seed, target)
+    if speedup is not None:
+        _refuse_together("--speedup", {"--sparsity": sparsity})
+    chosen = _config(config, sparsity, block_size, gathers, reorder, importance, seed, target, allocation, speedup)
     chosen = replace(chosen, memory=int(memory * 1e9))
     if chosen.importance in MEASURED_IMPORTANCES and calibration is None:
         raise UsageError(
@@ -221,7 +234,7 @@ def optimize(
         check_report_path(report)
     loaded_plan = None if plan is None else Plan.load(plan)
     _check_data(model, [path for path in (calibration, data) if path is not None])
-    with _progress() as progress:
+    with show_progress() as progress:
         result = run_optimize(
             model, chosen, plan=loaded_plan, calibration=calibration, progress=progress, dump_passes=dump_passes
         )
@@ -242,7 +255,7 @@ def optimize(
     if json:
         sys.stdout.write(to_json(outcome))
     else:
-        print_report(outcome, _console())
+        print_report(outcome, open_console())
 
 
 @app.command()
@@ -280,9 +293,9 @@ def inspect(
             "predicted_speedup": before / after if before and after else None,
             "unused_patterns": unused,
         }
-        _print_json(value)
+        print_json(value)
         return
-    console = _console()
+    console = open_console()
     console.print(layer_table(layers))
     console.print(f"{prunable} of {len(layers)} layers can be pruned", highlight=False)
     if before is not None and after:
@@ -318,7 +331,7 @@ def compare(
     from tetris_onnx.compare import CompareError, print_comparison
     from tetris_onnx.compare import compare as run_compare
 
-    with _progress() as progress:
+    with show_progress() as progress:
         result = run_compare(
             a,
             b,
@@ -330,9 +343,9 @@ def compare(
             progress=lambda done, total: progress("compare", done, total),
         )
     if json:
-        _print_json(result.to_dict())
+        print_json(result.to_dict())
     else:
-        print_comparison(result, _console())
+        print_comparison(result, open_console())
     if tolerance is not None and not result.relative <= tolerance:
         raise CompareError(f"the models differ by {result.relative:.2e} of max|y|, more than --tolerance {tolerance:g}")
 
@@ -369,7 +382,7 @@ def bench(
     shapes = parse_shapes(shape or [])
     results = []
     for n in parse_threads(threads):
-        with _progress() as progress:
+        with show_progress() as progress:
             result = run_bench(
                 a,
                 b,
@@ -382,13 +395,13 @@ def bench(
                 seed=seed,
                 data=data,
                 shapes=shapes,
-                progress=_percent_of("bench", progress),
+                progress=percent_of("bench", progress),
             )
         results.append(result)
         if not json:
-            print_bench(result, _console())
+            print_bench(result, open_console())
     if json:
-        _print_json({"results": [result.to_dict() for result in results]})
+        print_json({"results": [result.to_dict() for result in results]})
 
 
 @app.command()
@@ -398,9 +411,9 @@ def doctor(json: Json = False) -> None:
 
     diagnosis = diagnose()
     if json:
-        _print_json(diagnosis.to_dict())
+        print_json(diagnosis.to_dict())
     else:
-        print_diagnosis(diagnosis, _console())
+        print_diagnosis(diagnosis, open_console())
     if not diagnosis.usable:
         raise typer.Exit(1)
 
@@ -414,6 +427,8 @@ def _config(
     importance: str | None = None,
     seed: int | None = None,
     target: str | None = None,
+    allocation: str | None = None,
+    speedup: float | None = None,
 ) -> Config:
     """The config file's options with those of the command line on top."""
     if path is not None:
@@ -426,6 +441,8 @@ def _config(
         "importance": importance,
         "seed": seed,
         "target": target,
+        "allocation": "latency" if speedup is not None and allocation is None else allocation,
+        "speedup": speedup,
     }
     base = Config() if path is None else load_config(path)
     return replace(base, **{name: value for name, value in values.items() if value is not None})  # type: ignore[arg-type]
@@ -482,7 +499,7 @@ def _with_accuracy(
 def _with_times(report: Report, model: Path, result: Any, progress: Callable[[str, int, int], None]) -> Report:
     from tetris_onnx.bench import bench as run_bench
 
-    found = run_bench(model, result, seconds=_BENCH_SECONDS, progress=_percent_of("bench", progress))
+    found = run_bench(model, result, seconds=_BENCH_SECONDS, progress=percent_of("bench", progress))
     assert found.speedup is not None
     assert found.interval is not None
     first, second = (timing.median_ms for timing in found.timings)
@@ -498,42 +515,3 @@ def _predict(layers: Sequence[LayerReport], config: Config) -> tuple[int | None,
         before += row.macs
         after += row.macs * (1 - config.for_layer(row.node).sparsity * (row.status == "prunable"))
     return round(before), round(after)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars on stderr, gone when the work is done; nothing where stderr is no terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda stage, done, total: None
-        return
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bars:
-        tasks: dict[str, Any] = {}
-
-        def advance(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield advance
-
-
-def _percent_of(stage: str, progress: Callable[[str, int, int], None]) -> Callable[[float], None]:
-    return lambda share: progress(stage, min(100, round(100 * share)), 100)
-
-
-def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=_PIPE_WIDTH)
-
-
-def _print_json(value: object) -> None:
-    print(json_format.dumps(value, indent=2, allow_nan=False))

@@ -36,9 +36,22 @@ MEASURED_IMPORTANCES = ("activation", "hessian")  # need calibration samples
 REORDERS = ("exact", "greedy", "none")
 GATHERS = ("absorb", "keep")
 TARGETS = ("cpu", "cuda")
+# How much to prune where: the same sparsity everywhere, one budget of multiplications, or one of time.
+ALLOCATIONS = ("uniform", "global", "latency")
 MAX_BLOCK_SIZE = 1024
 
-_TOP_KEYS = ("sparsity", "block_size", "importance", "reorder", "gathers", "target", "seed", "layers")
+_TOP_KEYS = (
+    "sparsity",
+    "allocation",
+    "speedup",
+    "block_size",
+    "importance",
+    "reorder",
+    "gathers",
+    "target",
+    "seed",
+    "layers",
+)
 _LAYER_KEYS = ("skip", "sparsity", "block_size")
 
 
@@ -75,6 +88,7 @@ class LayerConfig:
     block_size: tuple[int, int]
     skip: bool
     explicit: bool  # a rule names this layer, so it is what the user wants, not a default
+    own_sparsity: bool = False  # the rule gives this layer a sparsity of its own: no allocation changes it
 
 
 @dataclass(frozen=True)
@@ -87,6 +101,8 @@ class Config:
     sparsity: float = 0.5  # share of the weights to prune, in [0, 1)
     block_size: tuple[int, int] = (32, 32)  # (out channels, in channels) of a block
     layers: tuple[LayerRule, ...] = ()
+    allocation: str = "uniform"  # one of ALLOCATIONS
+    speedup: float | None = None  # of the whole network, above 1; with allocation "latency" and instead of a sparsity
     importance: str = "auto"  # one of IMPORTANCES
     reorder: str = "exact"  # one of REORDERS
     gathers: str = "absorb"  # one of GATHERS
@@ -99,6 +115,11 @@ class Config:
     def __post_init__(self) -> None:
         _check_sparsity("sparsity", self.sparsity)
         _check_block_size("block_size", self.block_size)
+        _check_choice("allocation", self.allocation, ALLOCATIONS)
+        if self.speedup is not None and (not _is_number(self.speedup) or self.speedup <= 1):
+            raise ConfigError(f"speedup: expected a number above 1, found {self.speedup!r}")
+        if (self.allocation == "latency") != (self.speedup is not None):
+            raise ConfigError("allocation latency and a speedup belong together: give both or none")
         _check_choice("importance", self.importance, IMPORTANCES)
         _check_choice("reorder", self.reorder, REORDERS)
         _check_choice("gathers", self.gathers, GATHERS)
@@ -122,6 +143,7 @@ class Config:
             self.block_size if rule.block_size is None else rule.block_size,
             skip=bool(rule.skip),
             explicit=True,
+            own_sparsity=rule.sparsity is not None,
         )
 
     def unused_patterns(self, names: Iterable[str]) -> tuple[str, ...]:

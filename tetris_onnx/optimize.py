@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from tetris_onnx.config import MEASURED_IMPORTANCES, Config, ConfigError
 from tetris_onnx.graph import io
 from tetris_onnx.graph.channels import gather_permutation
 from tetris_onnx.graph.layers import CONV_ADD, CONV_MAX_POOL
+from tetris_onnx.graph.outputs import before_squashing
 from tetris_onnx.passes import (
     NewWeights,
     Pass,
@@ -35,15 +36,12 @@ from tetris_onnx.passes import (
     set_weights,
 )
 from tetris_onnx.plan import Plan
-from tetris_onnx.planner import Progress, make_plan, match_plan, prepare
+from tetris_onnx.planner import Candidate, Progress, make_plan, match_plan, prepare, survey
 from tetris_onnx.report import Report
 
 # Samples of the verification: few are enough, the check is of every value that the models give.
 _RANDOM_SAMPLES = 2
 _REAL_SAMPLES = 16
-_SQUASHING = frozenset(("HardSigmoid", "LogSoftmax", "Sigmoid", "Softmax", "Tanh"))
-_RESHAPING = frozenset(("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
-_MAX_TAIL = 8
 
 
 class VerificationError(RuntimeError):
@@ -93,17 +91,26 @@ def optimize(
     samples: Samples | None = None
     with clock.stage("plan"):
         prepared = prepare(graph)
+        proto = io.to_proto(prepared, source)
+        candidates = survey(prepared, config)
+        predictions: dict[str, tuple[float, float]] = {}
+        if calibration is not None:
+            samples = load_samples(calibration, model_inputs(proto))
+        if plan is None and config.allocation != "uniform":
+            candidates, predictions = _allocate(candidates, proto, config, samples, progress)
         if plan is not None:
             rows = match_plan(prepared, plan, config)
-        if calibration is not None:
+        if samples is not None:
             from tetris_onnx.recovery import recover  # brings scipy, which takes its time to load
 
-            proto = io.to_proto(prepared, source)
-            samples = load_samples(calibration, model_inputs(proto))
-            recovery = recover(prepared, proto, config, samples, plan, progress)
+            recovery = recover(candidates, proto, config, samples, plan, progress)
             plan, weights, rows = recovery.plan, recovery.weights, recovery.rows
         elif plan is None:
-            plan, rows = make_plan(prepared, config, progress)
+            plan, rows = make_plan(candidates, config, progress)
+        for i, row in enumerate(rows):
+            if row.layer in predictions:
+                sensitivity, loss = predictions[row.layer]
+                rows[i] = replace(row, sensitivity=sensitivity, predicted_loss=loss)
     with clock.stage("rewrite"):
         folder = None if dump_passes is None else Path(dump_passes)
         graph = run_passes(graph, pipeline(plan, config.gathers, weights, config.target), folder, source)
@@ -127,6 +134,27 @@ def optimize(
         notes=_notes(config, plan, rows),
     )
     return Result(result, plan, report)
+
+
+def _allocate(
+    candidates: list[Candidate],
+    model: onnx.ModelProto,
+    config: Config,
+    samples: Samples | None,
+    progress: Progress | None,
+) -> tuple[list[Candidate], dict[str, tuple[float, float]]]:
+    """The candidates with the sparsities of the allocation, and by layer its sensitivity and its predicted loss."""
+    from tetris_onnx.budget import predicted_loss, spread
+    from tetris_onnx.sensitivity import estimate, measure
+
+    found = (
+        estimate(candidates, config, progress)
+        if samples is None
+        else measure(candidates, model, config, samples, progress)
+    )
+    chosen = spread(candidates, found, config)
+    predicted = predicted_loss(chosen, found)
+    return chosen, {s.layer: (s.half, predicted[s.layer]) for s in found}
 
 
 def pipeline(
@@ -205,18 +233,9 @@ def verify(model: onnx.ModelProto, reference: onnx.ModelProto, tolerance: float,
 
 def _before_squashing(reference: onnx.ModelProto, model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
     """Values of both models that end in a Softmax or the like, whose saturation would hide an error in them."""
-    producers = {output: node for node in reference.graph.node for output in node.output}
     types = {value.name: value for value in reference.graph.value_info}
     common = {output for node in model.graph.node for output in node.output} & types.keys()
-    shown = {}
-    for output in reference.graph.output:
-        node = producers.get(output.name)
-        for _ in range(_MAX_TAIL):
-            if node is None or not node.input:
-                break
-            if node.op_type in _SQUASHING and node.input[0] in common:
-                shown[node.input[0]] = types[node.input[0]]
-            node = producers.get(node.input[0]) if node.op_type in _SQUASHING | _RESHAPING else None
+    shown = {name: types[name] for names in before_squashing(reference).values() for name in names if name in common}
     return list(shown.values())
 
 

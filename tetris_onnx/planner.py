@@ -78,13 +78,14 @@ def survey(graph: gs.Graph, config: Config) -> list[Candidate]:
     return [_judge(layer, config, id(layer.node) in from_input, id(layer.node) in to_output) for layer in layers]
 
 
-def make_plan(graph: gs.Graph, config: Config, progress: Progress | None = None) -> tuple[Plan, list[LayerReport]]:
-    """Search the permutations and keep masks of all layers of a prepared graph, in parallel processes.
+def make_plan(
+    candidates: Sequence[Candidate], config: Config, progress: Progress | None = None
+) -> tuple[Plan, list[LayerReport]]:
+    """Search the permutations and keep masks of all ``candidates`` that are to be pruned, in parallel processes.
 
     Layers that share a weight and have the same options share one search. Deterministic for ``config.seed``, whatever
     the number of processes.
     """
-    candidates = survey(graph, config)
     jobs: dict[tuple, int] = {}
     tasks: list[tuple] = []
     job_of: list[int | None] = []
@@ -159,10 +160,13 @@ def _judge(layer: Layer, config: Config, first: bool, last: bool) -> Candidate:
         block = rows, columns
         work = layer.multiplications
         grid = block_grid(shape, block)
+        uniform = config.allocation == "uniform" or options.own_sparsity
         if options.skip:
             reason = "the config skips it"
-        elif options.sparsity == 0 or keep_count(grid[0] * grid[1], options.sparsity) == grid[0] * grid[1]:
+        elif uniform and keep_count(grid[0] * grid[1], options.sparsity) == grid[0] * grid[1]:
             reason = "its sparsity is 0" if options.sparsity == 0 else "it has too few blocks for this sparsity"
+        elif grid == (1, 1):
+            reason = "it has a single block"
         elif not options.explicit:
             small = [n for n, b in zip(shape, options.block_size, strict=True) if n < b]
             if small and first:

@@ -8,11 +8,11 @@ network. No labels and no training are needed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
-import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from tetris_onnx.activations import Activations, Seen
@@ -25,7 +25,7 @@ from tetris_onnx.graph.layers import Layer, conv_window
 from tetris_onnx.passes.fuse_epilogue import clip_bounds
 from tetris_onnx.passes.set_weights import NewWeights
 from tetris_onnx.plan import LayerPlan, Plan
-from tetris_onnx.planner import Candidate, Progress, describe, free_axes, magnitude, search_order, survey
+from tetris_onnx.planner import Candidate, Progress, describe, free_axes, magnitude, search_order
 from tetris_onnx.report import LayerReport
 
 # Rows of the least squares (output positions times samples): this many where there are, fewer of very many features
@@ -45,18 +45,17 @@ class Recovery:
 
 
 def recover(
-    graph: gs.Graph,
+    candidates: Sequence[Candidate],
     model: onnx.ModelProto,
     config: Config,
     samples: Samples,
     plan: Plan | None = None,
     progress: Progress | None = None,
 ) -> Recovery:
-    """Prune the layers of a prepared ``graph`` (and its ``model``) with calibration ``samples``.
+    """Prune ``candidates``, the layers of a prepared ``model``, with calibration ``samples``.
 
     With a ``plan``, its permutations and blocks are kept and only the weights are fitted. Deterministic for a seed.
     """
-    candidates = survey(graph, config)
     chosen = [c for c in candidates if (not c.why_dense if plan is None else plan.get(c.layer.name) is not None)]
     dense = [c for c in candidates if c not in chosen and not c.layer.why_dense and not c.options.skip]
     names = [c.layer.name for c in chosen]
@@ -88,16 +87,19 @@ def recover(
     return Recovery(Plan(tuple(plans)), weights, listing)
 
 
-def layer_samples(layer: Layer, seen: Seen, seed: int) -> tuple[LayerSamples, tuple[NDArray, NDArray]]:
+def layer_samples(
+    layer: Layer, seen: Seen, seed: int, rows: int = _ROWS, per_feature: int = _ROWS_PER_FEATURE
+) -> tuple[LayerSamples, tuple[NDArray, NDArray]]:
     """The least-squares problem of a layer, and the bounds where its outputs are clipped (see `LayerSamples.refit`).
 
-    Output positions are drawn at random, as many of each sample: neighbors say little new. What a later Add adds to the
-    output in the pruned network is taken off the target: the layer makes up for the errors of the other branch too.
+    Output positions are drawn at random, as many of each sample, ``rows`` in all (fewer of very many features) but at
+    least ``per_feature``, where there are: neighbors say little new. What a later Add adds to the output in the pruned
+    network is taken off the target: the layer makes up for the errors of the other branch too.
     """
     data, output = seen.data, seen.output
     out, features = layer.weight_shape[0], math.prod(layer.weight_shape[1:])
     positions = math.prod(output.shape[2:] if layer.is_conv else output.shape[1:-1])
-    wanted = max(min(_ROWS, _CELLS // features), _ROWS_PER_FEATURE * features)
+    wanted = max(min(rows, _CELLS // features), per_feature * features)
     each = min(positions, -(-wanted // len(data)))
     rng = np.random.default_rng(seed)
 

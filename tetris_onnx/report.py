@@ -42,6 +42,9 @@ class LayerReport:
     status: str  # "block-sparse", "dense" or, from an inspection, "prunable"
     reason: str  # why it stays dense; "" otherwise
     output_error: float | None = None  # squared error of its output over the variance, on the calibration samples
+    # Predicted loss of the network's outputs if only this layer is pruned: to half of its blocks; as it is here.
+    sensitivity: float | None = None
+    predicted_loss: float | None = None
 
     @property
     def kept_macs(self) -> int | None:
@@ -146,11 +149,16 @@ def summary(report: Report) -> list[tuple[str, str]]:
 
 
 def layer_table(layers: Sequence[LayerReport]) -> Table:
-    """The layers as a table for a terminal, where 80 columns have to do: "retained" is without -> with reordering."""
+    """The layers as a table for a terminal, where 80 columns have to do: "retained" is without -> with reordering.
+
+    "sensitivity" is the predicted loss of the outputs with half of the layer's blocks.
+    """
     planned = any(row.status == "block-sparse" for row in layers)
+    allocated = any(row.sensitivity is not None for row in layers)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
     table.add_column("layer", overflow="fold")
-    for header in ("weight", "block", *(("density", "retained") if planned else ("MACs",))):
+    columns = ["weight", "block", *(["density", "retained"] if planned else ["MACs"]), *["sensitivity"] * allocated]
+    for header in columns:
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("status", min_width=len("block-sparse"))
     for row in layers:
@@ -162,6 +170,8 @@ def layer_table(layers: Sequence[LayerReport]) -> Table:
             cells += [percent(row.density), shares]
         else:
             cells.append("?" if row.macs is None else count(row.macs))
+        if allocated:
+            cells.append("" if row.sensitivity is None else f"{row.sensitivity:.2g}")
         table.add_row(*map(escape_markup, (*cells, _status(row))), style="dim" if row.status == "dense" else "")
     return table
 
@@ -253,7 +263,19 @@ def write_report(report: Report, path: str | Path) -> None:
         file.write(text.encode("utf-8"))
 
 
-_HEADERS = ("layer", "op", "weight", "block", "density", "retained", "not reordered", "multiplications", "status")
+_HEADERS = (
+    "layer",
+    "op",
+    "weight",
+    "block",
+    "density",
+    "retained",
+    "not reordered",
+    "multiplications",
+    "loss at half",
+    "loss",
+    "status",
+)
 _RENDERERS: dict[str, Callable[[Report], str]] = {".json": to_json, ".md": to_markdown, ".html": to_html}
 
 
@@ -267,6 +289,8 @@ def _cells(row: LayerReport) -> tuple[str, ...]:
         "" if row.retained is None else percent(row.retained),
         "" if row.baseline is None else percent(row.baseline),
         "?" if row.macs is None else count(row.macs),
+        "" if row.sensitivity is None else f"{row.sensitivity:.2g}",
+        "" if row.predicted_loss is None else f"{row.predicted_loss:.2g}",
         _status(row),
     )
 

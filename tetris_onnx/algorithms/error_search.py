@@ -169,6 +169,42 @@ def choose_blocks(
     return keep
 
 
+def error_curve(
+    samples: LayerSamples,
+    perms: tuple[Permutation, Permutation],
+    block_size: tuple[int, int],
+    workers: int | None = None,
+) -> ErrorCurve:
+    """The layer's error for every number of kept blocks, in one order of the channels: one elimination per block row.
+
+    Needs more samples than features.
+    """
+    orders, costs, columns = _eliminate(samples, perms, block_size, None, workers)
+    runs = sorted((mean, row, start, n) for row, cost in enumerate(costs) for mean, start, n in _rising_runs(cost))
+    rising = np.concatenate([np.full(n, mean) for mean, _, _, n in runs])
+    # With all weights; zero (but for rounding) where the samples are of the dense layer's own inputs.
+    towards = samples.power + samples.damping * float(np.sum(samples.weight**2, dtype=np.float64))
+    least = towards - float(np.einsum("of,of->", samples.fitted, samples.cross))
+    errors = np.concatenate([[0.0], np.cumsum(rising)]) + max(least, 0.0)
+    return ErrorCurve(perms, block_size, orders, costs, columns, errors[::-1] / max(samples.power, 1e-300))
+
+
+@dataclass(frozen=True, eq=False)
+class ErrorCurve:
+    """What `error_curve` found. ``errors[k]``: squared error over the output's variance with k blocks kept."""
+
+    perms: tuple[Permutation, Permutation]
+    block_size: tuple[int, int]
+    orders: list[NDArray[np.int64]]
+    costs: list[NDArray[np.float64]]
+    columns: int
+    errors: NDArray[np.float64]
+
+    def keep(self, kept: int) -> NDArray[np.bool_]:
+        """The best mask that keeps ``kept`` blocks."""
+        return choose_blocks(self.orders, self.costs, self.columns, self.errors.size - 1 - kept)
+
+
 def _rising_runs(costs: NDArray[np.float64]) -> list[tuple[float, int, int]]:
     """(mean cost, start, length) of runs of drops, merged until the means rise."""
     runs: list[tuple[float, int, int]] = []
@@ -188,15 +224,28 @@ def _prune(
     drop: int,
     workers: int | None,
 ) -> Pruned:
+    orders, costs, columns = _eliminate(samples, (out_perm, in_perm), block, drop, workers)
+    keep = choose_blocks(orders, costs, columns, drop)
+    weight, _ = samples.refit(support((out_perm, in_perm), block, keep, samples.features // in_perm.size))
+    return Pruned(out_perm, in_perm, keep, samples.error(weight))
+
+
+def _eliminate(
+    samples: LayerSamples,
+    perms: tuple[Permutation, Permutation],
+    block: tuple[int, int],
+    drop: int | None,
+    workers: int | None,
+) -> tuple[list[NDArray[np.int64]], list[NDArray[np.float64]], int]:
+    """`eliminate_blocks` for every block row, far enough to ``drop`` so many in all: orders, costs, block columns."""
+    out_perm, in_perm = perms
     blocks = _features(samples, in_perm, block[1])
     groups = [out_perm[i : i + block[0]] for i in range(0, out_perm.size, block[0])]
     # A block row that loses far more than its share is not worth looking at.
-    most = min(len(blocks), -(-drop * 3 // (2 * len(groups))) + 1)
+    most = None if drop is None else min(len(blocks), -(-drop * 3 // (2 * len(groups))) + 1)
     inverse, fitted = by_blocks(samples.inverse, samples.fitted, blocks)
     found = run_threads(eliminate_blocks, [(inverse, fitted[rows], most) for rows in groups], workers)
-    keep = choose_blocks([o for o, _ in found], [c for _, c in found], len(blocks), drop)
-    weight, _ = samples.refit(support((out_perm, in_perm), block, keep, samples.features // in_perm.size))
-    return Pruned(out_perm, in_perm, keep, samples.error(weight))
+    return [order for order, _ in found], [cost for _, cost in found], len(blocks)
 
 
 def _assign_outputs(samples: LayerSamples, pruned: Pruned, block: tuple[int, int], workers: int | None) -> Permutation:
