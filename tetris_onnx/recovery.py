@@ -33,6 +33,9 @@ from tetris_onnx.report import LayerReport
 _ROWS = 2**16
 _CELLS = 2**27
 _ROWS_PER_FEATURE = 4
+# Block rows times cubed features: up to here the search by error takes minutes at most (32x32 blocks of 512 channels
+# with 3x3 taps: 1.6e12); layers in smaller blocks are pruned by the sum of their weights' saliencies.
+_MOST_WORK = 10**13
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +161,8 @@ def _choose(candidate: Candidate, seen: LayerSamples, config: Config) -> tuple[L
     found = search_order(scores, block, sparsity, axes, config.reorder, config.seed)
     out_perm, in_perm = found.perms
     plan = LayerPlan(layer.name, out_perm, in_perm, block, found.keep)
-    if by_error and not seen.few:
+    work = -(-layer.weight_shape[0] // block[0]) * seen.features**3
+    if by_error and not seen.few and work <= _MOST_WORK:
         drop = found.keep.size - keep_count(found.keep.size, sparsity)
         movable = axes if config.reorder != "none" else ()
         exact = search(seen, (out_perm, in_perm), block, drop, movable, config.workers)
