@@ -23,7 +23,7 @@ from scipy import linalg
 
 from tetris_onnx.algorithms.blocks import group_capacities, original_mask
 from tetris_onnx.algorithms.permutation import Permutation
-from tetris_onnx.algorithms.refit import LayerSamples, cholesky
+from tetris_onnx.algorithms.refit import LayerSamples
 from tetris_onnx.algorithms.reorder import transport
 from tetris_onnx.algorithms.threads import run_threads
 
@@ -261,9 +261,13 @@ def _explained(samples: LayerSamples, s: NDArray[np.int64]) -> NDArray[np.float6
     """By how much the features ``s`` lower each output's squared error, [out]."""
     if not s.size:
         return np.zeros(len(samples.cross))
-    factor = cholesky(samples.hessian[np.ix_(s, s)])
-    part = samples.cross[:, s]
-    return np.einsum("os,so->o", part, linalg.cho_solve(factor, part.T, check_finite=False))
+    return np.sum((_whiten(samples, s) @ samples.cross[:, s].T.astype(np.float32)) ** 2, axis=0, dtype=np.float64)
+
+
+def _whiten(samples: LayerSamples, s: NDArray[np.int64]) -> NDArray[np.float32]:
+    """The inverse of L, for ``H_ss = L L^T``. In single precision: what it serves is a choice between blocks."""
+    factor = np.linalg.cholesky(samples.hessian[np.ix_(s, s)].astype(np.float32))
+    return linalg.solve_triangular(factor, np.eye(s.size, dtype=np.float32), lower=True, check_finite=False)
 
 
 def _assign_inputs(samples: LayerSamples, pruned: Pruned, block: tuple[int, int], workers: int | None) -> Permutation:
@@ -291,27 +295,24 @@ def _channel_worth(
     taps = samples.features // channels
     s = _union(blocks, kept)
     rest = np.setdiff1d(np.arange(samples.features), s)
-    hessian, cross = samples.hessian, samples.cross[rows]
+    cross = samples.cross[rows].astype(np.float32)
     worth = np.zeros(channels)
-    inv = np.zeros((0, 0))
-    if s.size:
-        factor = cholesky(hessian[np.ix_(s, s)])
-        inv = linalg.cho_solve(factor, np.eye(s.size), check_finite=False)
-    fitted = cross[:, s] @ inv
-    between = hessian[np.ix_(s, rest)]
-    lifted = inv @ between
-    residual = cross[:, rest] - fitted @ between
+    white = _whiten(samples, s) if s.size else np.zeros((0, 0), np.float32)
+    z = white @ cross[:, s].T
+    fitted = z.T @ white
+    lifted = white @ samples.hessian[np.ix_(s, rest)].astype(np.float32)
+    residual = cross[:, rest] - z.T @ lifted
     for start in range(0, s.size, taps):
         part = slice(start, start + taps)
-        worth[s[start] // taps] = _quadratic(fitted[:, part], inv[part, part])
+        worth[s[start] // taps] = _quadratic(fitted[:, part], white[:, part].T @ white[:, part])
     for start in range(0, rest.size, taps):
         part = slice(start, start + taps)
-        left = hessian[np.ix_(rest[part], rest[part])] - between[:, part].T @ lifted[:, part]
+        left = samples.hessian[np.ix_(rest[part], rest[part])] - lifted[:, part].T @ lifted[:, part]
         worth[rest[start] // taps] = _quadratic(residual[:, part], left)
     return worth
 
 
-def _quadratic(vectors: NDArray[np.float64], matrix: NDArray[np.float64]) -> float:
+def _quadratic(vectors: NDArray, matrix: NDArray) -> float:
     """Sum over rows v of ``v inv(matrix) v^T``."""
     return float(np.sum(vectors * np.linalg.solve(matrix, vectors.T).T))
 

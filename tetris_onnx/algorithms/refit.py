@@ -109,8 +109,11 @@ class LayerSamples:
     @cached_property
     def inverse(self) -> NDArray[np.float64]:
         """The inverse of H."""
-        factor = cholesky(self.hessian)
-        return linalg.cho_solve(factor, np.eye(self.features), check_finite=False)
+        lower, failed = linalg.lapack.dpotri(cholesky(self.hessian)[0], lower=1, overwrite_c=1)
+        assert not failed
+        inverse = np.tril(lower)
+        inverse += np.tril(lower, -1).T
+        return inverse
 
     @cached_property
     def fitted(self) -> NDArray[np.float64]:
