@@ -79,11 +79,12 @@ def prunable(model: onnx.ModelProto, block_size: int, skip: list[str]) -> Config
 def prune_blocks(model: onnx.ModelProto, config: Config, samples: Samples | None) -> tuple[onnx.ModelProto, float]:
     """(the model with pruned weights, share of the importance retained)."""
     graph = prepare(io.to_graph(model))
+    candidates = survey(graph, config)
     if samples is None:
-        plan, rows = make_plan(graph, config)
+        plan, rows = make_plan(candidates, config)
         weights: dict[str, NewWeights] = {}
     else:
-        found = recover(graph, io.to_proto(graph, model), config, samples)
+        found = recover(candidates, io.to_proto(graph, model), config, samples)
         plan, rows, weights = found.plan, found.rows, found.weights
     share = [(row.retained, row.parameters) for row in rows if row.retained is not None]
     return masked_dense(model, plan, weights), sum(r * n for r, n in share) / sum(n for _, n in share)
