@@ -1,5 +1,7 @@
 #include "block_sparse_conv.h"
 
+#include <algorithm>
+
 #include "cpu/quantize.h"
 
 namespace tetris {
@@ -10,6 +12,47 @@ constexpr int64_t kMaxSize = INT32_MAX;
 
 // The position of a spatial dimension among (outer, middle, inner): see Spatial.
 size_t place(size_t dimension, size_t rank) { return rank == 2 ? 2 * dimension : dimension; }
+
+// The Transposes between [N, C, D1..Dk] and [N, D1..Dk, C], as ONNX writes them.
+std::vector<int64_t> to_channels_first(size_t rank) {
+  std::vector<int64_t> perm{0, static_cast<int64_t>(rank) + 1};
+  for (size_t d = 1; d <= rank; ++d) perm.push_back(static_cast<int64_t>(d));
+  return perm;
+}
+std::vector<int64_t> to_channels_last(size_t rank) {
+  std::vector<int64_t> perm{0};
+  for (size_t d = 2; d <= rank + 1; ++d) perm.push_back(static_cast<int64_t>(d));
+  perm.push_back(1);
+  return perm;
+}
+
+// A shape [N, D1..Dk, C] as [N, C, D1..Dk], and the other way round.
+template <class Shape>
+Shape channels_first(const Shape& shape) {
+  Shape first{shape[0], shape.back()};
+  first.insert(first.end(), shape.begin() + 1, shape.end() - 1);
+  return first;
+}
+template <class Shape>
+Shape channels_last(const Shape& shape) {
+  Shape last{shape[0]};
+  last.insert(last.end(), shape.begin() + 2, shape.end());
+  last.push_back(shape[1]);
+  return last;
+}
+
+// values[batch][rows][columns] as [batch][columns][rows].
+std::vector<float> transposed(const float* values, int64_t batch, int64_t rows, int64_t columns) {
+  std::vector<float> result(static_cast<size_t>(batch * rows * columns));
+  for (int64_t n = 0; n < batch; ++n) {
+    const float* from = values + n * rows * columns;
+    float* to = result.data() + n * rows * columns;
+    for (int64_t c = 0; c < columns; ++c) {
+      for (int64_t r = 0; r < rows; ++r) to[c * rows + r] = from[r * columns + c];
+    }
+  }
+  return result;
+}
 
 }  // namespace
 
@@ -69,14 +112,30 @@ ConvNode::ConvNode(const NodeReader& node, bool pooled)
     attributes_.pads_begin[at] = pads[d];
     attributes_.pads_end[at] = pads[rank + d];
   }
+
+  // Whether the attribute, a Transpose, is `other`, not the identity.
+  auto transposed = [&](const char* name, const std::vector<int64_t>& other) {
+    if (!node.has_ints(name)) return false;
+    const std::vector<int64_t> perm = node.ints(name);
+    std::vector<int64_t> identity(rank + 2);
+    for (size_t d = 0; d < identity.size(); ++d) identity[d] = static_cast<int64_t>(d);
+    if (perm != identity && perm != other) {
+      node.fail(std::string("attribute ") + name + " is " + to_string(perm) + ", expected " + to_string(identity) + " or " +
+                to_string(other));
+    }
+    return perm != identity;
+  };
+  input_last_ = transposed("input_transpose", to_channels_first(rank));
+  output_last_ = transposed("output_transpose", to_channels_last(rank));
 }
 
-ConvNode::Sizes ConvNode::sizes(const std::vector<int64_t>& shape) const {
+ConvNode::Sizes ConvNode::sizes(const std::vector<int64_t>& input_shape) const {
   const size_t rank = spatial_rank();
-  const std::string input = where_ + ": input 'X' has shape " + to_string(shape);
-  if (shape.size() != rank + 2) {
+  const std::string input = where_ + ": input 'X' has shape " + to_string(input_shape);
+  if (input_shape.size() != rank + 2) {
     throw std::invalid_argument(input + ", expected " + std::to_string(rank + 2) + " dimensions");
   }
+  const std::vector<int64_t> shape = input_last_ ? channels_first(input_shape) : input_shape;
   if (shape[1] != weight_shape_[1]) {
     throw std::invalid_argument(input + ", expected " + std::to_string(weight_shape_[1]) + " channels");
   }
@@ -93,14 +152,16 @@ ConvNode::Sizes ConvNode::sizes(const std::vector<int64_t>& shape) const {
     elements = checked_product(elements, dimension);
     sizes.output_shape.push_back(dimension);
   }
+  if (output_last_) sizes.output_shape = channels_last(sizes.output_shape);
   return sizes;
 }
 
 void ConvNode::infer_shape(const ShapeInference& inference, bool pooled) {
   const std::vector<int64_t> weight = inference.ints("weight_shape");
-  const std::vector<Dimension> input = inference.input_shape(kX);
+  std::vector<Dimension> input = inference.input_shape(kX);
   if (weight.size() < 3 || weight.size() > 5 || input.size() != weight.size()) return;  // creation reports it
   const size_t rank = weight.size() - 2;
+  if (inference.ints("input_transpose") == to_channels_first(rank)) input = channels_first(input);
   auto read = [&](const char* name, size_t count, int64_t otherwise) {
     std::vector<int64_t> values = inference.ints(name);
     if (values.size() != count) values.assign(count, otherwise);
@@ -128,6 +189,7 @@ void ConvNode::infer_shape(const ShapeInference& inference, bool pooled) {
       output.push_back(Dimension::unknown());
     }
   }
+  if (inference.ints("output_transpose") == to_channels_last(rank)) output = channels_last(output);
   inference.set_output_shape(output, kX);
 }
 
@@ -160,7 +222,25 @@ void ConvOp<F>::compute(ort::KernelContext* context) const {
     }
   }
   auto* y = static_cast<float*>(output_data(api_, context, sizes.output_shape));
-  kernel_->run(x, addend, shape[0], sizes.input, y, SessionThreads(api_, context));
+  const SessionThreads threads(api_, context);
+  // The kernels are for NCHW. Channels-last is the layout of models for CUDA: here it has to work, not to be fast.
+  const int64_t inputs = node_.weight_shape()[1], outputs = node_.weight_shape()[0];
+  std::vector<float> first, addend_first;
+  if (node_.input_last()) {
+    first = transposed(x, shape[0], sizes.input[0] * sizes.input[1] * sizes.input[2], inputs);
+    x = first.data();
+  }
+  if (!node_.output_last()) return kernel_->run(x, addend, shape[0], sizes.input, y, threads);
+  int64_t out = 1;  // positions of Y
+  for (size_t d = 1; d + 1 < sizes.output_shape.size(); ++d) out *= sizes.output_shape[d];
+  if (addend != nullptr) {
+    addend_first = transposed(addend, shape[0], out, outputs);
+    addend = addend_first.data();
+  }
+  std::vector<float> result(static_cast<size_t>(shape[0] * outputs * out));
+  kernel_->run(x, addend, shape[0], sizes.input, result.data(), threads);
+  const std::vector<float> last = transposed(result.data(), shape[0], outputs, out);
+  std::copy(last.begin(), last.end(), y);
 }
 
 template class ConvOp<Fused::kNothing>;

@@ -22,6 +22,9 @@ class ConvNode {
   const std::vector<int64_t>& weight_shape() const { return weight_shape_; }
   const ConvAttributes& attributes() const { return attributes_; }
   size_t spatial_rank() const { return weight_shape_.size() - 2; }
+  // Whether X and Y are channels-last: [N, D1..Dk, C] and [N, O1..Ok, M] (attributes input_transpose, output_transpose).
+  bool input_last() const { return input_last_; }
+  bool output_last() const { return output_last_; }
   // Checks an input's shape; the sizes of its spatial dimensions, and of the convolution's output; the shape of Y.
   struct Sizes {
     Spatial input, output;
@@ -36,6 +39,7 @@ class ConvNode {
   bool pooled_;
   std::vector<int64_t> weight_shape_;
   ConvAttributes attributes_;
+  bool input_last_ = false, output_last_ = false;
 };
 
 // The ops of a convolution on the CPU: alone, and with what follows it.

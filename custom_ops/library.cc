@@ -4,6 +4,7 @@
 // node's provider and the types of its inputs.
 #include "block_sparse_conv.h"
 #include "block_sparse_gemm.h"
+#include "channels_last_max_pool.h"
 #include "kernel_info.h"
 #include "ort_abi.h"
 #if defined(TETRIS_CUDA)
@@ -110,13 +111,20 @@ struct Library {
   OpDescription<BlockSparseConvAdd, Cpu> conv_add{api};
   OpDescription<BlockSparseConvMaxPool, Cpu> conv_max_pool{api};
   OpDescription<BlockSparseGemm, Cpu> gemm{api};
+  OpDescription<ChannelsLastMaxPool, Cpu> max_pool{api};
 #if defined(TETRIS_CUDA)
   OpDescription<cuda::BlockSparseConv, Cuda<ort::kFloat>> cuda_conv{api};
   OpDescription<cuda::BlockSparseConv, Cuda<ort::kFloat16>> cuda_conv_f16{api};
   OpDescription<cuda::BlockSparseConv, Cuda<ort::kBFloat16>> cuda_conv_bf16{api};
+  OpDescription<cuda::BlockSparseConvAdd, Cuda<ort::kFloat>> cuda_conv_add{api};
+  OpDescription<cuda::BlockSparseConvAdd, Cuda<ort::kFloat16>> cuda_conv_add_f16{api};
+  OpDescription<cuda::BlockSparseConvAdd, Cuda<ort::kBFloat16>> cuda_conv_add_bf16{api};
   OpDescription<cuda::BlockSparseGemm, Cuda<ort::kFloat>> cuda_gemm{api};
   OpDescription<cuda::BlockSparseGemm, Cuda<ort::kFloat16>> cuda_gemm_f16{api};
   OpDescription<cuda::BlockSparseGemm, Cuda<ort::kBFloat16>> cuda_gemm_bf16{api};
+  OpDescription<cuda::ChannelsLastMaxPool, Cuda<ort::kFloat>> cuda_max_pool{api};
+  OpDescription<cuda::ChannelsLastMaxPool, Cuda<ort::kFloat16>> cuda_max_pool_f16{api};
+  OpDescription<cuda::ChannelsLastMaxPool, Cuda<ort::kBFloat16>> cuda_max_pool_bf16{api};
 #endif
   ort::CustomOpDomain* domain = nullptr;
 
@@ -124,10 +132,11 @@ struct Library {
     check(api, api.CreateCustomOpDomain(kDomain, &domain));
     const ort::CustomOp* const ops[] = {
 #if defined(TETRIS_CUDA)
-        &cuda_conv, &cuda_conv_f16, &cuda_conv_bf16, &cuda_gemm, &cuda_gemm_f16, &cuda_gemm_bf16,
+        &cuda_conv,     &cuda_conv_f16,     &cuda_conv_bf16,     &cuda_conv_add, &cuda_conv_add_f16, &cuda_conv_add_bf16,
+        &cuda_gemm,     &cuda_gemm_f16,     &cuda_gemm_bf16,     &cuda_max_pool, &cuda_max_pool_f16, &cuda_max_pool_bf16,
 #endif
 #if !defined(TETRIS_WITHOUT_CPU)
-        &conv, &conv_add, &conv_max_pool, &gemm,
+        &conv, &conv_add, &conv_max_pool, &gemm, &max_pool,
 #endif
     };
     for (const ort::CustomOp* op : ops) check(api, api.CustomOpDomain_Add(domain, op));

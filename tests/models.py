@@ -211,9 +211,11 @@ def random_plan(
     return Plan(tuple(plans))
 
 
-def rewrite(model: onnx.ModelProto, plan: Plan, gathers: str = "absorb", until: str | None = None) -> onnx.ModelProto:
+def rewrite(
+    model: onnx.ModelProto, plan: Plan, gathers: str = "absorb", until: str | None = None, target: str = "cpu"
+) -> onnx.ModelProto:
     """``model`` after the passes of `optimize`, or after those up to the one named ``until``."""
-    steps = pipeline(plan, gathers)
+    steps = pipeline(plan, gathers, target=target)
     if until is not None:
         steps = steps[: [step.name for step in steps].index(until) + 1]
     return io.to_proto(run_passes(io.to_graph(model), steps), model)
@@ -238,7 +240,9 @@ def check_rewrite(
 ) -> onnx.ModelProto:
     """Rewrite ``model`` and compare it with the dense model with the same blocks zeroed, in plain onnxruntime.
 
-    ``left``: how many Gathers have to be there (None: any number). Returns the rewritten model.
+    So is what the passes for the CUDA target make of it, which differs in its layout only.
+
+    ``left``: how many Gathers have to be there (None: any number). Returns the model rewritten for the CPU.
     """
     plan = random_plan(model) if plan is None else plan
     before = model.SerializeToString()
@@ -250,6 +254,10 @@ def check_rewrite(
     feed = random_feed(model, dynamic)
     error = relative_error(run(reference, feed), run(result, feed))
     assert error <= tolerance
+    if gathers == "absorb":
+        last = rewrite(model, plan, target="cuda")
+        onnx.checker.check_model(last, full_check=True)
+        assert relative_error(run(reference, feed), run(last, feed)) <= tolerance
     if left is not None:
         assert our_gathers(result, model) == left
     return result

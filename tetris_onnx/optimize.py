@@ -24,6 +24,7 @@ from tetris_onnx.passes import (
     Pass,
     absorb_gathers,
     attach_fallback,
+    channels_last,
     fold_gathers,
     fuse_add_and_pool,
     fuse_batchnorm,
@@ -182,8 +183,9 @@ def pipeline(
     if gathers == "absorb":
         steps.append(("absorb_gathers", absorb_gathers))
     steps.append(("fuse_epilogue", fuse_epilogue))
-    if target == "cpu":
-        steps.append(("fuse_add_and_pool", fuse_add_and_pool))
+    steps.append(("fuse_add_and_pool", partial(fuse_add_and_pool, pools=target == "cpu")))
+    if target == "cuda":
+        steps.append(("channels_last", channels_last))
     steps.append(("attach_fallback", attach_fallback))
     return [Pass(name, apply) for name, apply in steps]
 

@@ -86,12 +86,13 @@ def compile_library(folder: Path) -> ctypes.CDLL:
     cuda = ROOT / "custom_ops" / "cuda"
     with tarfile.open(cuda / "prebuilt" / "kernels.tar.xz") as archive:
         archive.extractall(folder, filter="data")
-    sources = [cuda / f"{name}.cc" for name in ("device", "driver", "images", "pack", "sparse_kernel")]
+    sources = [cuda / f"{name}.cc" for name in ("device", "driver", "images", "pack", "sparse_kernel", "tile_table")]
     sources.append(Path(__file__).with_name("gpu_library.cc"))
     library = folder / "libtetris_gpu.so"
     command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O2", "-fPIC", "-shared", f"-I{folder}", "-pthread"]
+    definitions = [f'-DTETRIS_CUDA_KERNELS="{folder}"', f'-DTETRIS_CUDA_TILES="{cuda / "tiles.csv"}"']
     subprocess.run(
-        [*command, f'-DTETRIS_CUDA_KERNELS="{folder}"', *sources, "-o", library, "-ldl", "-Wl,--no-undefined"],
+        [*command, *definitions, *sources, "-o", library, "-ldl", "-Wl,--no-undefined"],
         check=True,
     )
     loaded = ctypes.CDLL(str(library))

@@ -19,6 +19,7 @@ import csv
 import dataclasses
 import hashlib
 import io
+import itertools
 import lzma
 import os
 import re
@@ -42,9 +43,10 @@ SHARED_MEMORY = {80: 101376, 90: 232448, 100: 232448, 120: 101376, PTX: 101376}
 
 # Parameter types by kernel: what conv.cc passes. p: pointer, i: int32, f: float32.
 SIGNATURES = {
-    "block_sparse_conv": "p" * 8 + "i" * 24 + "ff",
-    "sum_splits": "p" * 4 + "i" * 5 + "ff",
+    "block_sparse_conv": "p" * 9 + "i" * 25 + "ff",
+    "sum_splits": "p" * 5 + "i" * 6 + "ff",
     "channels_last": "p" * 3 + "i" * 4,
+    "max_pool": "p" * 2 + "i" * 12,
 }
 # What the kernels may assume to be a multiple of 16 (bytes for pointers). conv.cc keeps it so.
 DIVISIBLE = {
@@ -61,6 +63,7 @@ DIVISIBLE = {
     ),
     "sum_splits": ("partial_ptr", "bias_ptr", "output_channel_ptr"),
     "channels_last": ("y_ptr", "channel_ptr", "packed"),
+    "max_pool": (),
 }
 # Element types: what the tensors hold, and how a product of them is computed.
 TRITON_TYPES = {"f16": "fp16", "bf16": "bf16", "tf32": "fp32", "f32": "fp32"}
@@ -102,7 +105,7 @@ def variants() -> Iterator[Variant]:
     """All that is built. Tiles of 64 rows and more are for blocks of 64 rows and more, tiles of 32 for smaller ones."""
     for kind in ("f16", "bf16", "tf32"):
         bk = 64 if ITEM_SIZES[kind] == 2 else 32
-        for taps, layout in ((9, "nchw"), (1, "nchw"), (1, "nhwc")):
+        for taps, layout in itertools.product((9, 1), ("nchw", "nhwc")):
             for bm, bn in ((64, 64), (64, 128), (64, 256), (128, 128)):
                 if bn < 256 or taps == 9:
                     warps = 4 if bm * bn <= 64 * 128 else 8
@@ -110,7 +113,8 @@ def variants() -> Iterator[Variant]:
             for bn in (64, 128):
                 yield Variant("block_sparse_conv", kind, layout, taps, 32, bn, 32)
         for bm, k in ((64, bk), (32, 32)):
-            yield Variant("block_sparse_conv", kind, "nchw", 0, bm, 64, k)
+            for layout in ("nchw", "nhwc", "split"):
+                yield Variant("block_sparse_conv", kind, layout, 0, bm, 64, k)
             for taps in (1, 9):
                 for bn in (16, 64):
                     yield Variant("block_sparse_conv", kind, "split", taps, bm, bn, k)
@@ -118,6 +122,7 @@ def variants() -> Iterator[Variant]:
         yield Variant("block_sparse_conv", "f32", layout, 0, 32, 64, 32)
     for kind in ("f16", "bf16", "f32"):
         yield Variant("sum_splits", kind, "nchw")
+        yield Variant("max_pool", kind, "nhwc")
     for kind in ("i16", "i32", "tf32"):
         for layout in ("nchw", "nhwc"):
             yield Variant("channels_last", kind, layout)
@@ -139,6 +144,8 @@ def constants(variant: Variant, architecture: int) -> dict[str, Any]:
         }
     if variant.kernel == "sum_splits":
         return {"BLOCK": 512}
+    if variant.kernel == "max_pool":
+        return {"BC": 64, "BP": 16}
     return {"LAST": variant.layout == "nhwc", "ROUND": variant.type == "tf32", "BC": 32, "BP": 64}
 
 
@@ -156,6 +163,7 @@ def compile_variant(variant: Variant, architecture: int) -> Any:
     if variant.kernel == "channels_last":  # moves values as they are
         element = "*i16" if variant.type == "i16" else "*i32"
     types = {"x_ptr": element, "w_ptr": element, "y_ptr": element, "bias_ptr": "*fp32", "partial_ptr": "*fp32"}
+    types["addend_ptr"] = element
     if variant.layout == "split":
         types["y_ptr"] = "*fp32"
     signature = {}

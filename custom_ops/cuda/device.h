@@ -66,6 +66,7 @@ class Device {
   // The device with this number, made on first use and kept. Throws std::runtime_error where it cannot be used.
   static Device& get(int ordinal);
 
+  int capability() const { return capability_; }  // 10 * major + minor
   int multiprocessors() const { return multiprocessors_; }
   const Kernel& kernel(const std::string& variant);
 
@@ -117,7 +118,7 @@ class Device {
 
   const Driver& driver_;
   int ordinal_;
-  int capability_ = 0;  // 10 * major + minor
+  int capability_ = 0;
   int multiprocessors_ = 0, shared_memory_ = 0;
   ContextHandle* context_ = nullptr;
   std::mutex mutex_;

@@ -37,6 +37,7 @@ const unsigned char* image_data() { return tetris_cuda_images; }
 int parameter_count(const std::string& function) {
   const std::string signature = function == "block_sparse_conv" ? k_block_sparse_conv
                                 : function == "sum_splits"      ? k_sum_splits
+                                : function == "max_pool"        ? k_max_pool
                                                                 : k_channels_last;
   return static_cast<int>(signature.size()) + 2;
 }

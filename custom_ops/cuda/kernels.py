@@ -26,6 +26,7 @@ def block_sparse_conv(
     w_ptr,  # [tiles, taps, BM * parts, BK]
     bias_ptr,  # float32 [rows * BM * parts], reordered
     y_ptr,  # [N, OC, OD, OH, OW] or [N, OD, OH, OW, OC]; SPLIT: float32 [splits, rows * BM, P]
+    addend_ptr,  # like y; with LAST only
     tile_begin_ptr,  # int32 [packed rows + 1]: the tiles of each packed row
     channel_tile_ptr,  # int32 [tiles + 1]: each tile reads channels BK * this and up of x; one spare entry
     row_order_ptr,  # int32 [packed rows]: heaviest first
@@ -54,6 +55,7 @@ def block_sparse_conv(
     w_tap,  # values of w for one tile and tap: BM * parts * BK
     parts,  # programs that share a packed row, each BM of its output channels
     splits,
+    has_addend,  # whether addend is added to the sums before they are limited
     low,  # float32: the output is limited to [low, high]
     high,
     TAPS: tl.constexpr,  # 1: one tap; 9: 3 x 3 in (H, W); 0: any kernel
@@ -109,6 +111,17 @@ def block_sparse_conv(
         acc = tl.zeros((BN, BM), dtype=tl.float32)
     else:
         acc = tl.zeros((BM, BN), dtype=tl.float32)
+    if LAST and has_addend != 0:
+        # The sum starts with the addend: at the end, with all sums beside it, it would not fit the registers. (Nor does
+        # it here where y is NCHW, whose addresses are more complex: there the addend is left to sum_splits.)
+        channel_in = tl.load(output_channel_ptr + row * (BM * parts) + part * BM + m)
+        if SWAP:
+            place_in = (p * OC)[:, None] + channel_in[None, :]
+            mask_in = p_valid[:, None] & (channel_in >= 0)[None, :]
+        else:
+            place_in = (p * OC)[None, :] + channel_in[:, None]
+            mask_in = p_valid[None, :] & (channel_in >= 0)[:, None]
+        acc += tl.load(addend_ptr + place_in, mask=mask_in, other=0.0).to(tl.float32)
 
     # The tile of the next step is loaded one step ahead: a load whose address depends on another load of the same
     # step would cost the pipeline a stage. The last step reads the spare entry.
@@ -175,13 +188,15 @@ def block_sparse_conv(
 def sum_splits(
     partial_ptr,  # float32 [splits, R, P]
     bias_ptr,  # float32 [R]
-    y_ptr,  # [N, OC, volume]
+    y_ptr,  # [N, OC, volume]; channels-last is a volume of 1
+    addend_ptr,  # like y
     output_channel_ptr,  # int32 [R]
     R,  # rows, with their padding
     OC,
     volume,  # OD * OH * OW
     P,  # N * volume
     splits,
+    has_addend,
     low,
     high,
     BLOCK: tl.constexpr,
@@ -198,10 +213,13 @@ def sum_splits(
     for _ in range(splits):
         total += tl.load(source, mask=valid, other=0.0)
         source += R * P
+    n = p // volume
+    place = (n * OC + channel) * volume + (p - n * volume)
+    if has_addend != 0:
+        total += tl.load(addend_ptr + place, mask=valid, other=0.0).to(tl.float32)
     total = tl.maximum(total, low, propagate_nan=tl.PropagateNan.ALL)
     total = tl.minimum(total, high, propagate_nan=tl.PropagateNan.ALL)
-    n = p // volume
-    tl.store(y_ptr + (n * OC + channel) * volume + (p - n * volume), total.to(y_ptr.dtype.element_ty), mask=valid)
+    tl.store(y_ptr + place, total.to(y_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -242,3 +260,44 @@ def channels_last(
         special = (value & 0x7F800000) == 0x7F800000  # infinity and NaN
         value = tl.where(special, value, (value + 0x1000) & -0x2000)
     tl.store(y_ptr + ((p * packed)[:, None] + c[None, :]), value, mask=p_valid[:, None])
+
+
+@triton.jit
+def max_pool(
+    x_ptr,  # [N, H, W, C]
+    y_ptr,  # [N, OH, OW, C]
+    C,
+    H,
+    W,
+    OH,
+    OW,
+    P,  # N * OH * OW
+    kernel_h,
+    kernel_w,
+    stride_h,
+    stride_w,
+    pad_h,
+    pad_w,
+    BC: tl.constexpr,
+    BP: tl.constexpr,
+):
+    """The largest value of each window, channels-last: neighboring threads take neighboring channels. NaN stays NaN."""
+    p = tl.program_id(0) * BP + tl.arange(0, BP)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    p_valid = p < P
+    plane = OH * OW
+    n = p // plane
+    oh = (p - n * plane) // OW
+    ow = p - n * plane - oh * OW
+    image = n * (H * W * C)
+    c_valid = (c < C)[None, :]
+    largest = tl.full((BP, BC), float("-inf"), tl.float32)
+    for tap in range(kernel_h * kernel_w):
+        ih = oh * stride_h - pad_h + tap // kernel_w
+        iw = ow * stride_w - pad_w + tap % kernel_w
+        valid = p_valid & (ih >= 0) & (ih < H) & (iw >= 0) & (iw < W)
+        place = (image + (ih * W + iw) * C)[:, None] + c[None, :]
+        value = tl.load(x_ptr + place, mask=valid[:, None] & c_valid, other=float("-inf")).to(tl.float32)
+        largest = tl.maximum(largest, value, propagate_nan=tl.PropagateNan.ALL)
+    place = (p * C)[:, None] + c[None, :]
+    tl.store(y_ptr + place, largest.to(y_ptr.dtype.element_ty), mask=p_valid[:, None] & c_valid)

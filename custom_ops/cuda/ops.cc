@@ -64,31 +64,45 @@ void naming(const std::string& where, Function function) {
 
 }  // namespace
 
-BlockSparseConv::BlockSparseConv(const ort::Api& api, const ort::KernelInfo* info, ort::ElementType element)
-    : BlockSparseConv(api, info, NodeReader(api, info, kName, element), element) {}
+template <bool Add>
+ConvOp<Add>::ConvOp(const ort::Api& api, const ort::KernelInfo* info, ort::ElementType element)
+    : ConvOp(api, info, NodeReader(api, info, kName, element), element) {}
 
-BlockSparseConv::BlockSparseConv(const ort::Api& api, const ort::KernelInfo* info, const NodeReader& node,
-                                 ort::ElementType element)
+template <bool Add>
+ConvOp<Add>::ConvOp(const ort::Api& api, const ort::KernelInfo* info, const NodeReader& node, ort::ElementType element)
     : api_(api), where_(node.where()), node_(node) {
   const Activation activation = node.activation();
   const BlockSparseWeight weight = node.weight(node_.weight_shape());
   naming(where_, [&] {
     kernel_ = std::make_unique<SparseKernel>(device_of(api, info), type_of(element), window_of(node_), weight, activation,
-                                             false);
+                                             ChannelsLast{node_.input_last(), node_.output_last()});
   });
 }
 
-void BlockSparseConv::compute(ort::KernelContext* context) const {
+template <bool Add>
+void ConvOp<Add>::compute(ort::KernelContext* context) const {
   std::vector<int64_t> shape;
   const void* x = input_data(api_, context, kX, &shape);
   const ConvNode::Sizes sizes = node_.sizes(shape);
+  const void* addend = nullptr;
+  if constexpr (Add) {
+    std::vector<int64_t> addend_shape;
+    addend = input_data(api_, context, kAddend, &addend_shape);
+    if (addend_shape != sizes.output_shape) {
+      throw std::invalid_argument(where_ + ": input 'addend' has shape " + to_string(addend_shape) + ", expected Y's: " +
+                                  to_string(sizes.output_shape));
+    }
+  }
   void* y = output_data(api_, context, sizes.output_shape);
   naming(where_, [&] {
     kernel_->run(reinterpret_cast<DevicePointer>(x), shape[0], depth_first(sizes.input, node_.spatial_rank()),
-                 depth_first(sizes.output, node_.spatial_rank()), reinterpret_cast<DevicePointer>(y),
-                 stream_of(api_, context));
+                 depth_first(sizes.output, node_.spatial_rank()), reinterpret_cast<DevicePointer>(addend),
+                 reinterpret_cast<DevicePointer>(y), stream_of(api_, context));
   });
 }
+
+template class ConvOp<false>;
+template class ConvOp<true>;
 
 BlockSparseGemm::BlockSparseGemm(const ort::Api& api, const ort::KernelInfo* info, ort::ElementType element)
     : BlockSparseGemm(api, info, NodeReader(api, info, kName, element), element) {}
@@ -100,7 +114,8 @@ BlockSparseGemm::BlockSparseGemm(const ort::Api& api, const ort::KernelInfo* inf
   const BlockSparseWeight weight = node.weight(node_.weight_shape());
   naming(where_, [&] {
     kernel_ =
-        std::make_unique<SparseKernel>(device_of(api, info), type_of(element), Window{}, weight, activation, true);
+        std::make_unique<SparseKernel>(device_of(api, info), type_of(element), Window{}, weight, activation,
+                                             ChannelsLast{true, true});
   });
 }
 
@@ -110,8 +125,25 @@ void BlockSparseGemm::compute(ort::KernelContext* context) const {
   const int64_t samples = node_.samples(input_shape, &output_shape);
   void* y = output_data(api_, context, output_shape);
   naming(where_, [&] {
-    kernel_->run(reinterpret_cast<DevicePointer>(x), samples, {1, 1, 1}, {1, 1, 1}, reinterpret_cast<DevicePointer>(y),
-                 stream_of(api_, context));
+    kernel_->run(reinterpret_cast<DevicePointer>(x), samples, {1, 1, 1}, {1, 1, 1}, 0,
+                 reinterpret_cast<DevicePointer>(y), stream_of(api_, context));
+  });
+}
+
+ChannelsLastMaxPool::ChannelsLastMaxPool(const ort::Api& api, const ort::KernelInfo* info, ort::ElementType element)
+    : api_(api), node_(NodeReader(api, info, kName, element)) {
+  naming(node_.where(), [&] { kernel_ = std::make_unique<PoolKernel>(device_of(api, info), type_of(element)); });
+}
+
+void ChannelsLastMaxPool::compute(ort::KernelContext* context) const {
+  std::vector<int64_t> shape;
+  const void* x = input_data(api_, context, kX, &shape);
+  const std::vector<int64_t> out = node_.output_shape(shape);
+  void* y = output_data(api_, context, out);
+  const MaxPoolNode::Window& window = node_.window();
+  naming(node_.where(), [&] {
+    kernel_->run(reinterpret_cast<DevicePointer>(x), shape[0], {shape[1], shape[2]}, {out[1], out[2]}, shape[3], window.kernel,
+                 window.strides, window.pads_begin, reinterpret_cast<DevicePointer>(y), stream_of(api_, context));
   });
 }
 

@@ -1,4 +1,4 @@
-// BlockSparseConv and BlockSparseGemm on the CUDA execution provider, as onnxruntime sees them.
+// The ops on the CUDA execution provider, as onnxruntime sees them.
 #pragma once
 
 #include <memory>
@@ -6,27 +6,34 @@
 
 #include "../block_sparse_conv.h"
 #include "../block_sparse_gemm.h"
+#include "../channels_last_max_pool.h"
+#include "pool_kernel.h"
 #include "sparse_kernel.h"
 
 namespace tetris::cuda {
 
-class BlockSparseConv {
+// BlockSparseConv, or with `Add` BlockSparseConvAdd.
+template <bool Add>
+class ConvOp {
  public:
-  static constexpr const char* kName = tetris::BlockSparseConv::kName;
-  static constexpr size_t kInputs = tetris::BlockSparseConv::kInputs;
+  static constexpr const char* kName = Add ? "BlockSparseConvAdd" : "BlockSparseConv";
+  static constexpr size_t kInputs = (Add ? kAddend : kBias) + 1;
 
-  BlockSparseConv(const ort::Api& api, const ort::KernelInfo* info, ort::ElementType element);
+  ConvOp(const ort::Api& api, const ort::KernelInfo* info, ort::ElementType element);
   void compute(ort::KernelContext* context) const;
   static void infer_shape(const ShapeInference& inference) { ConvNode::infer_shape(inference); }
 
  private:
-  BlockSparseConv(const ort::Api& api, const ort::KernelInfo* info, const NodeReader& node, ort::ElementType element);
+  ConvOp(const ort::Api& api, const ort::KernelInfo* info, const NodeReader& node, ort::ElementType element);
 
   const ort::Api& api_;
   std::string where_;
   ConvNode node_;
   std::unique_ptr<SparseKernel> kernel_;
 };
+
+using BlockSparseConv = ConvOp<false>;
+using BlockSparseConvAdd = ConvOp<true>;
 
 class BlockSparseGemm {
  public:
@@ -44,6 +51,21 @@ class BlockSparseGemm {
   std::string where_;
   GemmNode node_;
   std::unique_ptr<SparseKernel> kernel_;
+};
+
+class ChannelsLastMaxPool {
+ public:
+  static constexpr const char* kName = tetris::ChannelsLastMaxPool::kName;
+  static constexpr size_t kInputs = tetris::ChannelsLastMaxPool::kInputs;
+
+  ChannelsLastMaxPool(const ort::Api& api, const ort::KernelInfo* info, ort::ElementType element);
+  void compute(ort::KernelContext* context) const;
+  static void infer_shape(const ShapeInference& inference) { MaxPoolNode::infer_shape(inference); }
+
+ private:
+  const ort::Api& api_;
+  MaxPoolNode node_;
+  std::unique_ptr<PoolKernel> kernel_;
 };
 
 }  // namespace tetris::cuda

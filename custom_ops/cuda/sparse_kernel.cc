@@ -42,7 +42,7 @@ int32_t narrow(int64_t value) {
 }  // namespace
 
 SparseKernel::SparseKernel(int device, Type type, const Window& window, const BlockSparseWeight& weight,
-                           Activation activation, bool last)
+                           Activation activation, ChannelsLast last)
     : device_(Device::get(device)),
       user_(device_.user()),
       type_(type),
@@ -81,13 +81,14 @@ SparseKernel::SparseKernel(int device, Type type, const Window& window, const Bl
   for (size_t i = 0; i < places.size(); ++i) *pointers[i] = memory_->pointer() + places[i];
 
   const Size square{1, 3, 3}, point{1, 1, 1};
-  const int taps = type == Type::f32                            ? 0
-                   : window.kernel == point                     ? 1
-                   : window.kernel == square && !window.has_depth ? 9
+  kernel_taps_ = type == Type::f32                              ? 0
+                 : window.kernel == point                       ? 1
+                 : window.kernel == square && !window.has_depth ? 9
                                                                 : 0;
-  const Layout layout = last ? Layout::nhwc : Layout::nchw;
+  choices_ = tile_table();
+  const Layout layout = last.output ? Layout::nhwc : Layout::nchw;
   for (const Tile& tile : tiles()) {
-    if (tile.type != type || tile.taps != taps || tile.bk != bk_ || bm_ % tile.bm != 0) continue;
+    if (tile.type != type || tile.taps != kernel_taps_ || tile.bk != bk_ || bm_ % tile.bm != 0) continue;
     if (tile.layout == layout) whole_.push_back({&tile, &device_.kernel(tile.variant)});
     if (tile.layout == Layout::split) split_.push_back({&tile, &device_.kernel(tile.variant)});
   }
@@ -98,7 +99,7 @@ SparseKernel::SparseKernel(int device, Type type, const Window& window, const Bl
     });
   }
   const std::string elements = type == Type::tf32 ? "tf32" : item_size(type) == 2 ? "i16" : "i32";
-  channels_last_ = &device_.kernel("channels_last_" + elements + (last ? "_nhwc" : "_nchw"));
+  channels_last_ = &device_.kernel("channels_last_" + elements + (last.input ? "_nhwc" : "_nchw"));
   sum_splits_ = &device_.kernel(std::string("sum_splits_") + (type == Type::tf32 ? "f32" : name_of(type)) + "_nchw");
 
   if (const char* forced = std::getenv("TETRIS_ONNX_CUDA_TILE"); forced != nullptr && *forced != '\0') {
@@ -115,37 +116,43 @@ SparseKernel::SparseKernel(int device, Type type, const Window& window, const Bl
   }
 }
 
-// The largest tile that still makes a program for each multiprocessor: large tiles read less for each product. Where even
-// the smallest leaves some idle, the sums are split.
-SparseKernel::Plan SparseKernel::plan(int64_t pixels) const {
-  const int64_t processors = device_.multiprocessors();
+// What was measured for a layer like this one. Else the largest tile that still makes a program for each multiprocessor:
+// large tiles read less for each product. Where even the smallest leaves some idle, the sums are split.
+SparseKernel::Plan SparseKernel::plan(int64_t pixels, bool must_split) const {
+  const int64_t processors = device_.multiprocessors(), steps = most_tiles_ * taps_;
+  int64_t bm = forced_bm_, bn = forced_bn_, forced_splits = forced_splits_;
+  if (bm == 0 && bn == 0 && forced_splits == 0) {
+    const TileChoice layer{device_.capability(), type_, kernel_taps_, bm_, rows_, std::max<int64_t>(steps, 1), pixels, 0, 0, 0};
+    if (const TileChoice* choice = find_choice(choices_, layer)) {
+      bm = choice->bm;
+      bn = choice->bn;
+      forced_splits = choice->splits;
+    }
+  }
   auto programs = [&](const Tile& tile) { return ceil_div(pixels, tile.bn) * rows_ * (bm_ / tile.bm); };
-  auto allowed = [&](const Tile& tile) {
-    return (forced_bm_ == 0 || tile.bm == forced_bm_) && (forced_bn_ == 0 || tile.bn == forced_bn_);
-  };
+  auto allowed = [&](const Tile& tile) { return (bm == 0 || tile.bm == bm) && (bn == 0 || tile.bn == bn); };
   const Candidate* best = nullptr;
   for (const Candidate& candidate : whole_) {
     if (!allowed(*candidate.tile)) continue;
     if (best == nullptr || programs(*candidate.tile) >= processors) best = &candidate;
   }
-  const int64_t steps = most_tiles_ * taps_;
   const Candidate* split = nullptr;
   for (const Candidate& candidate : split_) {
-    if (!allowed(*candidate.tile)) continue;
+    if (!must_split && !allowed(*candidate.tile)) continue;
     // The widest, as tall as the weight's rows, unless the pixels fit a narrower one.
     if (split == nullptr || (split->tile->bn < pixels && candidate.tile->bn > split->tile->bn) ||
         (candidate.tile->bn == split->tile->bn && candidate.tile->bm > split->tile->bm)) {
       split = &candidate;
     }
   }
-  int64_t splits = 1;
-  if (split != nullptr && forced_splits_ != 1) {
-    const int64_t wanted = forced_splits_ != 0 ? forced_splits_ : ceil_div(2 * processors, programs(*split->tile));
-    const int64_t most = forced_splits_ != 0 ? steps : std::min(kMaxSplits, steps / kLeastSteps);
-    splits = std::max<int64_t>(1, std::min(wanted, most));
+  if (split != nullptr && (forced_splits != 1 || must_split)) {
+    const int64_t wanted = forced_splits != 0 ? forced_splits : ceil_div(2 * processors, programs(*split->tile));
+    const int64_t most = forced_splits != 0 ? steps : std::min(kMaxSplits, steps / kLeastSteps);
+    const int64_t room = kMaxValues / checked_product(rows_ * bm_, pixels);  // partial sums have 32-bit offsets too
+    const int64_t splits = std::max<int64_t>(1, std::min(wanted, most));
     const bool idle = best == nullptr || programs(*best->tile) < processors;
-    const int64_t values = checked_product(checked_product(rows_ * bm_, pixels), splits);
-    if (values <= kMaxValues && splits > 1 && (idle || forced_splits_ > 1)) return {split->tile, split->kernel, splits};
+    if (must_split) return {split->tile, split->kernel, std::min(splits, std::max<int64_t>(room, 1))};
+    if (splits <= room && splits > 1 && (idle || forced_splits > 1)) return {split->tile, split->kernel, splits};
   }
   if (best == nullptr) {  // a forced tile that this layer has not
     best = &whole_.front();
@@ -153,25 +160,28 @@ SparseKernel::Plan SparseKernel::plan(int64_t pixels) const {
   return {best->tile, best->kernel, 1};
 }
 
-void SparseKernel::run(DevicePointer x, int64_t batch, const Size& input, const Size& output, DevicePointer y,
-                       StreamHandle* stream) const {
+void SparseKernel::run(DevicePointer x, int64_t batch, const Size& input, const Size& output, DevicePointer addend,
+                       DevicePointer y, StreamHandle* stream) const {
   const int64_t in_volume = volume(input), out_volume = volume(output);
   if (batch == 0 || in_volume == 0 || out_volume == 0) return;
+  // A convolution that writes NCHW has no room for the addend's addresses: sum_splits adds it.
+  const bool must_split = addend != 0 && !last_.output;
   // A larger batch is cut.
-  const int64_t image = std::max({checked_product(channels_, in_volume), checked_product(inputs_, in_volume),
-                                  checked_product(outputs_, out_volume)});
+  int64_t image = std::max({checked_product(channels_, in_volume), checked_product(inputs_, in_volume),
+                            checked_product(outputs_, out_volume)});
+  if (must_split) image = std::max(image, checked_product(rows_ * bm_, out_volume));
   if (image > kMaxValues) throw std::invalid_argument("one image has too many values for the CUDA kernels (2^31)");
   const int64_t chunk = std::min(batch, kMaxValues / image);
   for (size_t d = 0; d < 3; ++d) {
     narrow(checked_product(output[d], window_.strides[d]) + checked_product(window_.kernel[d], window_.dilations[d]));
   }
   const int64_t item = item_size(type_);
-  const Plan plan = this->plan(chunk * out_volume);
+  const Plan plan = this->plan(chunk * out_volume, must_split);
   const Tile& tile = *plan.tile;
   const int64_t parts = bm_ / tile.bm;
 
   // An input that already is what the kernel reads is read where it is.
-  const bool direct = in_order_ && (last_ || in_volume == 1) && x % 16 == 0;
+  const bool direct = in_order_ && (last_.input || in_volume == 1) && x % 16 == 0;
   const size_t packed_bytes = direct ? 0 : static_cast<size_t>(chunk * in_volume * channels_ * item + 255) / 256 * 256;
   const bool split = tile.layout == Layout::split;
   const size_t partial_bytes =
@@ -184,7 +194,8 @@ void SparseKernel::run(DevicePointer x, int64_t batch, const Size& input, const 
     const int64_t images = std::min(chunk, batch - first);
     const int64_t in_pixels = images * in_volume, out_pixels = images * out_volume;
     DevicePointer source = x + static_cast<DevicePointer>(first * inputs_ * in_volume * item);
-    const DevicePointer target = y + static_cast<DevicePointer>(first * outputs_ * out_volume * item);
+    const auto done = static_cast<DevicePointer>(first * outputs_ * out_volume * item);
+    const DevicePointer target = y + done, added = addend == 0 ? 0 : addend + done;
     if (!direct) {
       channels_last_->launch<k_channels_last>(ceil_div(in_pixels, kPixelTile), channels_ / kChannelTile, 1, stream, source,
                                               workspace.pointer, input_channel_, narrow(inputs_), narrow(in_volume),
@@ -193,18 +204,19 @@ void SparseKernel::run(DevicePointer x, int64_t batch, const Size& input, const 
     }
     plan.kernel->launch<k_block_sparse_conv>(
         ceil_div(out_pixels, tile.bn), rows_ * parts, plan.splits, stream, source, values_, bias_,
-        split ? partial : target, tile_begin_, channel_tile_, row_order_, output_channel_, narrow(channels_),
+        split ? partial : target, added, tile_begin_, channel_tile_, row_order_, output_channel_, narrow(channels_),
         narrow(input[0]), narrow(input[1]), narrow(input[2]), narrow(outputs_), narrow(output[0]), narrow(output[1]),
         narrow(output[2]), narrow(out_pixels), narrow(window_.strides[0]), narrow(window_.strides[1]),
         narrow(window_.strides[2]), narrow(window_.pads_begin[0]), narrow(window_.pads_begin[1]),
         narrow(window_.pads_begin[2]), narrow(window_.dilations[0]), narrow(window_.dilations[1]),
         narrow(window_.dilations[2]), narrow(taps_), narrow(window_.kernel[1]), narrow(window_.kernel[2]),
-        narrow(int64_t{bm_} * bk_), narrow(parts), narrow(plan.splits), activation_.low, activation_.high);
+        narrow(int64_t{bm_} * bk_), narrow(parts), narrow(plan.splits), int32_t{added != 0}, activation_.low,
+        activation_.high);
     if (split) {
-      sum_splits_->launch<k_sum_splits>(ceil_div(rows_ * bm_ * out_pixels, kSumBlock), 1, 1, stream, partial, bias_,
-                                        target, output_channel_, narrow(rows_ * bm_), narrow(outputs_),
-                                        narrow(out_volume), narrow(out_pixels), narrow(plan.splits), activation_.low,
-                                        activation_.high);
+      sum_splits_->launch<k_sum_splits>(
+          ceil_div(rows_ * bm_ * out_pixels, kSumBlock), 1, 1, stream, partial, bias_, target, added, output_channel_,
+          narrow(rows_ * bm_), narrow(outputs_), narrow(last_.output ? 1 : out_volume), narrow(out_pixels),
+          narrow(plan.splits), int32_t{added != 0}, activation_.low, activation_.high);
     }
   }
 }

@@ -9,6 +9,7 @@
 #include "../cpu/weight.h"
 #include "device.h"
 #include "pack.h"
+#include "tile_table.h"
 
 namespace tetris::cuda {
 
@@ -21,18 +22,23 @@ struct Window {
   bool has_depth = false;
 };
 
+// Whether the channels are the last dimension of x and of y. They are for a matrix product.
+struct ChannelsLast {
+  bool input = false, output = false;
+};
+
 class SparseKernel {
  public:
-  // `last`: the channels are the last dimension of x and y (a matrix product).
   SparseKernel(int device, Type type, const Window& window, const BlockSparseWeight& weight, Activation activation,
-               bool last);
+               ChannelsLast last);
 
   int64_t inputs() const { return inputs_; }
   int64_t outputs() const { return outputs_; }
 
-  // Enqueues y[batch][outputs][output] from x[batch][inputs][input] on the stream, or with `last` the channels last.
-  // Device pointers. May be called from several threads at once.
-  void run(DevicePointer x, int64_t batch, const Size& input, const Size& output, DevicePointer y,
+  // Enqueues y[batch][outputs][output] from x[batch][inputs][input] on the stream, or with the channels last.
+  // `addend`, if not 0, is added before the activation; it is like y and may be y. Device pointers. May be called from
+  // several threads at once.
+  void run(DevicePointer x, int64_t batch, const Size& input, const Size& output, DevicePointer addend, DevicePointer y,
            StreamHandle* stream) const;
 
  private:
@@ -46,14 +52,15 @@ class SparseKernel {
     const Tile* tile;
     const Kernel* kernel;
   };
-  Plan plan(int64_t pixels) const;
+  // `must_split`: through sum_splits, even if there is one split only.
+  Plan plan(int64_t pixels, bool must_split) const;
 
   Device& device_;
   std::shared_ptr<void> user_;
   Type type_;
   Window window_;
   Activation activation_;
-  bool last_;
+  ChannelsLast last_;
   int64_t inputs_, outputs_, taps_;
   // Of the packed weight, which itself is in device memory only.
   int bm_, bk_;
@@ -64,6 +71,8 @@ class SparseKernel {
   std::vector<Candidate> whole_, split_;  // smallest tiles first
   const Kernel* channels_last_;
   const Kernel* sum_splits_;
+  int kernel_taps_;                  // 1, 9, or 0: any
+  std::vector<TileChoice> choices_;  // measured
   int64_t forced_bm_ = 0, forced_bn_ = 0, forced_splits_ = 0;  // TETRIS_ONNX_CUDA_TILE
 };
 

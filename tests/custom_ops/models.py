@@ -51,10 +51,16 @@ class Op:
         arguments = {
             name: value
             for name, value in self.attributes.items()
-            if name not in ("block_size", "kernel_shape", "group")
+            if name not in ("block_size", "kernel_shape", "group", "input_transpose", "output_transpose")
         }
+        if "input_transpose" in self.attributes:
+            x = x.transpose(self.attributes["input_transpose"])
         inputs = [x, self.blocks, self.block_index, self.input_perm, self.output_perm, self.bias]
-        return oracle(*inputs, *([] if addend is None else [addend]), **arguments)
+        if "output_transpose" not in self.attributes:
+            return oracle(*inputs, *([] if addend is None else [addend]), **arguments)
+        perm = self.attributes["output_transpose"]
+        y = oracle(*inputs, *([] if addend is None else [addend.transpose(np.argsort(perm))]), **arguments)
+        return y.transpose(perm)
 
 
 def random_op(
@@ -151,3 +157,13 @@ def fused(op: Op, kind: str) -> Op:
     """`op` as BlockSparseConvAdd ("Add") or BlockSparseConvMaxPool ("MaxPool"), with the same weight."""
     attributes = {**op.attributes, **({"pool_shape": [2, 2]} if kind == "MaxPool" else {})}
     return dataclasses.replace(op, op_type=op.op_type + kind, attributes=attributes)
+
+
+def transposes(rank: int, input_last: bool, output_last: bool) -> dict[str, list[int]]:
+    """The attributes of a convolution over channels-last tensors; `rank` counts the spatial dimensions."""
+    attributes = {}
+    if input_last:
+        attributes["input_transpose"] = [0, rank + 1, *range(1, rank + 1)]
+    if output_last:
+        attributes["output_transpose"] = [0, *range(2, rank + 2), 1]
+    return attributes

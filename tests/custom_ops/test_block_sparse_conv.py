@@ -279,3 +279,41 @@ def test_unknown_rank(rng: np.random.Generator) -> None:
     model.graph.input[0].type.tensor_type.ClearField("shape")
     x = random_input(rng, 1, 4, 5, 5)
     np.testing.assert_allclose(models.session(model).run(None, {"x": x})[0], op.expected(x), atol=1e-5)
+
+
+@pytest.mark.parametrize(("input_last", "output_last"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("size", [(11,), (7, 9), (4, 5, 6)])
+def test_channels_last(rng: np.random.Generator, size: tuple[int, ...], input_last: bool, output_last: bool) -> None:
+    rank = len(size)
+    layout = models.transposes(rank, input_last, output_last)
+    op = models.random_op(rng, (19, 13, *[3] * rank), (8, 8), pads=[1] * 2 * rank, **layout)
+    check(op, random_input(rng, 2, *((*size, 13) if input_last else (13, *size))))
+
+
+@pytest.mark.parametrize("input_last", [True, False])
+def test_channels_last_addend(rng: np.random.Generator, input_last: bool) -> None:
+    op = models.random_op(rng, (19, 13, 3, 3), (8, 8), pads=[1] * 4, **models.transposes(2, input_last, True))
+    x, addend = random_input(rng, 2, *((7, 9, 13) if input_last else (13, 7, 9))), random_input(rng, 2, 7, 9, 19)
+    op = models.fused(op, "Add")
+    expected = op.expected(x, addend)
+    np.testing.assert_allclose(models.run(op, x, addend=addend), expected, rtol=0, atol=1e-4)
+
+
+def test_channels_last_max_pooled(rng: np.random.Generator) -> None:
+    op = models.random_op(rng, (19, 13, 3, 3), (8, 8), pads=[1] * 4, **models.transposes(2, True, True))
+    check(models.fused(op, "MaxPool"), random_input(rng, 2, 7, 9, 13))
+
+
+def test_channels_last_infers_its_shape(rng: np.random.Generator) -> None:
+    op = models.random_op(rng, (19, 13, 3, 3), (8, 8), strides=[2, 1], **models.transposes(2, True, True))
+    session = models.session(models.make_model(op, ["N", 9, "W", 13]))
+    batch, height, _, channels = session.get_outputs()[0].shape
+    assert (batch, height, channels) == ("N", 4, 19)
+
+
+@pytest.mark.parametrize("name", ["input_transpose", "output_transpose"])
+@pytest.mark.parametrize("perm", [[0, 2, 1, 3], [0, 1, 2], [0, 1, 2, 3, 4], [0, -1, 1, 2]])
+def test_any_other_transpose_is_an_error(rng: np.random.Generator, name: str, perm: list[int]) -> None:
+    op = models.random_op(rng, (8, 8, 3, 3), (8, 8), **{name: perm})
+    with pytest.raises(Exception, match=rf"attribute {name} is \[.*\], expected \[0, 1, 2, 3\] or \[0, .*\]"):
+        models.session(models.make_model(op, [1, 8, 9, 9]))

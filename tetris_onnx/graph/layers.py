@@ -18,6 +18,7 @@ DOMAIN = "ai.tetris"
 CONV, GEMM = "BlockSparseConv", "BlockSparseGemm"
 CONV_ADD, CONV_MAX_POOL = "BlockSparseConvAdd", "BlockSparseConvMaxPool"  # CONV with what follows it
 OUR_OPS = (CONV, CONV_ADD, CONV_MAX_POOL, GEMM)
+MAX_POOL = "ChannelsLastMaxPool"  # no layer: what a MaxPool between channels-last layers becomes
 # Ends the name of a layer's output where reorder_weights has put a Gather behind it, so that the layer keeps its name.
 REORDERED = "/reordered"
 

@@ -2,6 +2,7 @@
 
 from tetris_onnx.passes.absorb_gathers import absorb_gathers
 from tetris_onnx.passes.attach_fallback import attach_fallback
+from tetris_onnx.passes.channels_last import channels_last
 from tetris_onnx.passes.fold_gathers import fold_gathers
 from tetris_onnx.passes.fuse_add_and_pool import fuse_add_and_pool
 from tetris_onnx.passes.fuse_batchnorm import fuse_batchnorm
@@ -19,6 +20,7 @@ __all__ = [
     "PassError",
     "absorb_gathers",
     "attach_fallback",
+    "channels_last",
     "fold_gathers",
     "fuse_add_and_pool",
     "fuse_batchnorm",

@@ -20,28 +20,52 @@ import onnx_graphsurgeon as gs
 from onnx import AttributeProto, FunctionProto, NodeProto, helper, numpy_helper
 from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
 
-from tetris_onnx.graph.layers import CONV_ADD, CONV_MAX_POOL, DOMAIN, GEMM
+from tetris_onnx.graph.layers import CONV_ADD, CONV_MAX_POOL, DOMAIN, GEMM, MAX_POOL
 from tetris_onnx.passes.lower_block_sparse import INPUTS
 
 _CASTLIKE_OPSET = 15
 _CONV_ATTRIBUTES = ("kernel_shape", "strides", "pads", "dilations")
+_POOL_ATTRIBUTES = ("kernel_shape", "strides", "pads")
+_TRANSPOSES = ("input_transpose", "output_transpose")
 
 
 def attach_fallback(graph: gs.Graph) -> None:
     """Apply the pass: add the functions of the operators that the graph uses."""
     used = {node.op for node in graph.nodes if node.domain == DOMAIN}
+    transposed = _name_transposes(graph)
     kept = [f for f in graph.functions if (f.domain, f.name) not in {(DOMAIN, op) for op in used}]
     made = [
         OnnxImporter.import_function(
-            fallback_function(op, graph.opset), model_opset=graph.opset, model_import_domains=graph.import_domains
+            fallback_function(op, graph.opset, op in transposed),
+            model_opset=graph.opset,
+            model_import_domains=graph.import_domains,
         )
         for op in sorted(used)
     ]
     graph.functions = kept + made
 
 
-def fallback_function(op: str, opset: int) -> FunctionProto:
-    """The definition of ``op`` (one of graph.layers.OUR_OPS) in operators of ``opset``, 13 or later."""
+def _name_transposes(graph: gs.Graph) -> set[str]:
+    """The convolutions of which some node is channels-last: all of their nodes now say whether they are.
+
+    A function body refers to attributes, but cannot ask whether there are any.
+    """
+    nodes = [node for node in graph.nodes if node.domain == DOMAIN and node.op != MAX_POOL]
+    found = {node.op for node in nodes if any(name in node.attrs for name in _TRANSPOSES)}
+    for node in nodes:
+        if node.op in found:
+            for name in _TRANSPOSES:
+                node.attrs.setdefault(name, list(range(len(node.attrs["weight_shape"]))))
+    return found
+
+
+def fallback_function(op: str, opset: int, transposes: bool = False) -> FunctionProto:
+    """The definition of ``op`` (one of graph.layers.OUR_OPS, or MAX_POOL) in operators of ``opset``, 13 or later.
+
+    ``transposes``: with the attributes ``input_transpose`` and ``output_transpose``.
+    """
+    if op == MAX_POOL:
+        return _max_pool(opset)
     body = _Body()
     body.attribute("weight_shape", AttributeProto.INTS)
     body.attribute("block_size", AttributeProto.INTS)
@@ -83,10 +107,17 @@ def fallback_function(op: str, opset: int) -> FunctionProto:
     if op != GEMM:
         body("Transpose", ["columns_placed"], "flat_weight", perm=[1, 0, 2])
         body("Reshape", ["flat_weight", "weight_shape"], "W")
-        body("Conv", ["X", "W", "bias"], "product")
+        if transposes:
+            body("Transpose", ["X"], "X_first")
+            body.refer(["input_transpose"], AttributeProto.INTS, "perm")
+        body("Conv", ["X_first" if transposes else "X", "W", "bias"], "convolution" if transposes else "product")
         body.refer(_CONV_ATTRIBUTES, AttributeProto.INTS)
         body.refer(["group"], AttributeProto.INT)
         attributes += [*_CONV_ATTRIBUTES, "group"]
+        if transposes:
+            body("Transpose", ["convolution"], "product")
+            body.refer(["output_transpose"], AttributeProto.INTS, "perm")
+            attributes += _TRANSPOSES
     else:
         body("Squeeze", ["columns_placed", "two"], "W")  # [in, out], as MatMul takes it
         body("MatMul", ["X", "W"], "matrix_product")
@@ -122,6 +153,16 @@ def fallback_function(op: str, opset: int) -> FunctionProto:
     )
 
 
+def _max_pool(opset: int) -> FunctionProto:
+    body = _Body()
+    body("Transpose", ["X"], "first", perm=[0, 3, 1, 2])
+    body("MaxPool", ["first"], "pooled")
+    body.refer(_POOL_ATTRIBUTES, AttributeProto.INTS)
+    body("Transpose", ["pooled"], "Y", perm=[0, 2, 3, 1])
+    opsets = [helper.make_opsetid("", opset)]
+    return helper.make_function(DOMAIN, MAX_POOL, ["X"], ["Y"], body.nodes, opsets, list(_POOL_ATTRIBUTES))
+
+
 class _Body:
     """The nodes of a function, written one after the other."""
 
@@ -141,9 +182,9 @@ class _Body:
         node.attribute.append(AttributeProto(name=field, ref_attr_name=name, type=kind))
         self.nodes.append(node)
 
-    def refer(self, names: Sequence[str], kind: AttributeProto.AttributeType) -> None:
-        """Let the last node take these attributes from the operator's node."""
-        self.nodes[-1].attribute.extend(AttributeProto(name=n, ref_attr_name=n, type=kind) for n in names)
+    def refer(self, names: Sequence[str], kind: AttributeProto.AttributeType, name: str | None = None) -> None:
+        """Let the last node take these attributes from the operator's node, where it calls them so (or ``name``)."""
+        self.nodes[-1].attribute.extend(AttributeProto(name=name or n, ref_attr_name=n, type=kind) for n in names)
 
     def zeros(self, shape: str, output: str, opset: int) -> None:
         """Zeros of the blocks' type."""

@@ -20,8 +20,8 @@ from tetris_onnx.passes.fuse_epilogue import clip_bounds, has_activation, take_o
 from tetris_onnx.passes.surgery import only_consumer
 
 
-def fuse_add_and_pool(graph: gs.Graph) -> None:
-    """Apply the pass, after `fuse_epilogue`."""
+def fuse_add_and_pool(graph: gs.Graph, pools: bool = True) -> None:
+    """Apply the pass, after `fuse_epilogue`. Without ``pools``, an Add only."""
     sizes = symbolic_sizes(graph)
     # Of two convolutions that an Add joins, the later one takes it: the other's result is there by then.
     for node in reversed(list(graph.nodes)):
@@ -30,7 +30,7 @@ def fuse_add_and_pool(graph: gs.Graph) -> None:
         follower = _standard(only_consumer(graph, node.outputs[0]))
         if follower is None:
             continue
-        if _is_pool(node, follower):
+        if pools and _is_pool(node, follower):
             node.op = CONV_MAX_POOL
             node.attrs["pool_shape"] = [2, 2]
             take_over(graph, node, follower)

@@ -84,6 +84,7 @@ def run(launch: stand_in.Launch) -> None:
     v = launch.variant
     element = _NAMES["i32" if v.kernel == "channels_last" and v.type == "tf32" else v.type]
     types = {"x_ptr": element, "w_ptr": element, "y_ptr": element, "bias_ptr": "float32", "partial_ptr": "float32"}
+    types["addend_ptr"] = element
     if v.layout == "split":
         types["y_ptr"] = "float32"
     arguments = {

@@ -52,7 +52,7 @@ def compile_libraries(folder: Path) -> tuple[Path, Path]:
     compiler = os.environ.get("CXX", "c++")
     flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
     flags += os.environ.get("TETRIS_ONNX_TEST_CXXFLAGS", "").split()  # run_sanitizers.sh
-    sources = [OPS / f for f in ("library.cc", "kernel_info.cc", "shape_inference.cc")]
+    sources = [OPS / f for f in ("library.cc", "kernel_info.cc", "shape_inference.cc", "channels_last_max_pool.cc")]
     sources += [*OPS.glob("block_sparse_*.cc"), *CUDA.glob("*.cc"), *(OPS / "cpu").glob("*.cc")]
     sources = [s for s in sources if not re.search("kernels_(avx|neon)", s.name)]
     library, driver = folder / "libtetris_onnx_ops.so", folder / "libcuda.so.1"
@@ -62,6 +62,7 @@ def compile_libraries(folder: Path) -> tuple[Path, Path]:
         f"-DTETRIS_CUDA_MAX_VALUES={MAX_VALUES}",
         '-DTETRIS_CUDA_PROVIDER="CPUExecutionProvider"',
         f'-DTETRIS_CUDA_KERNELS="{folder}"',
+        f'-DTETRIS_CUDA_TILES="{CUDA / "tiles.csv"}"',
         f"-I{folder}",
     ]
     version_script = f"-Wl,--version-script={OPS / 'exports.map'}"
@@ -226,7 +227,8 @@ def from_float(values: Array, dtype: str) -> Array:
 
 def run_numpy(launch: Launch) -> None:
     """What the kernel of a launch does, in numpy."""
-    {"block_sparse_conv": _conv, "sum_splits": _sum, "channels_last": _channels_last}[launch.variant.kernel](launch)
+    kernels = {"block_sparse_conv": _conv, "sum_splits": _sum, "channels_last": _channels_last, "max_pool": _max_pool}
+    kernels[launch.variant.kernel](launch)
 
 
 def _conv(launch: Launch) -> None:
@@ -275,8 +277,13 @@ def _conv(launch: Launch) -> None:
         return
     bias = view(a["bias_ptr"], "f32", packed_rows * height)
     channel = view(a["output_channel_ptr"], "i32", packed_rows * height)
-    result = _limited(sums[0] + bias[:, None], a)[channel >= 0]
+    result = (sums[0] + bias[:, None])[channel >= 0]
     shape = (pixels, a["OC"]) if v.layout == "nhwc" else (images, a["OC"], math.prod(out))
+    if a["has_addend"]:
+        assert v.layout == "nhwc"
+        addend = to_float(view(a["addend_ptr"], v.type, pixels * a["OC"])).reshape(shape)
+        result = result + addend.T[channel[channel >= 0]]
+    result = _limited(result, a)
     y = view(a["y_ptr"], v.type, pixels * a["OC"]).reshape(shape)
     if v.layout == "nhwc":
         y[:, channel[channel >= 0]] = from_float(result.T, v.type)
@@ -296,10 +303,15 @@ def _sum(launch: Launch) -> None:
     total = view(a["bias_ptr"], "f32", a["R"])[:, None] + np.zeros((1, a["P"]), np.float32)
     for part in partial:
         total = total + part
-    total = _limited(total, a)[channel >= 0]
     images = a["P"] // a["volume"]
-    y = view(a["y_ptr"], launch.variant.type, a["P"] * a["OC"]).reshape(images, a["OC"], a["volume"])
-    y[:, channel[channel >= 0]] = from_float(total.reshape(len(total), images, -1).swapaxes(0, 1), launch.variant.type)
+    shape = images, a["OC"], a["volume"]
+    total = total[channel >= 0].reshape(-1, images, a["volume"]).swapaxes(0, 1)
+    channel = channel[channel >= 0]
+    if a["has_addend"]:
+        addend = view(a["addend_ptr"], launch.variant.type, a["P"] * a["OC"]).reshape(shape)
+        total = total + to_float(addend[:, channel])
+    y = view(a["y_ptr"], launch.variant.type, a["P"] * a["OC"]).reshape(shape)
+    y[:, channel] = from_float(_limited(total, a), launch.variant.type)
 
 
 def _channels_last(launch: Launch) -> None:
@@ -316,3 +328,18 @@ def _channels_last(launch: Launch) -> None:
     channel = view(a["channel_ptr"], "i32", a["packed"])
     y = view(a["y_ptr"], element, a["P"] * a["packed"]).reshape(a["P"], a["packed"])
     y[:] = np.where(channel >= 0, x[:, np.maximum(channel, 0)], 0)
+
+
+def _max_pool(launch: Launch) -> None:
+    v, a = launch.variant, launch.arguments
+    assert launch.grid == (math.ceil(a["P"] / 16), math.ceil(a["C"] / 64), 1)
+    images = a["P"] // (a["OH"] * a["OW"])
+    x = to_float(view(a["x_ptr"], v.type, images * a["H"] * a["W"] * a["C"])).reshape(images, a["H"], a["W"], a["C"])
+    largest = np.full((images, a["OH"], a["OW"], a["C"]), -np.inf, np.float32)
+    for kh, kw in np.ndindex(a["kernel_h"], a["kernel_w"]):
+        h = np.arange(a["OH"]) * a["stride_h"] - a["pad_h"] + kh
+        w = np.arange(a["OW"]) * a["stride_w"] - a["pad_w"] + kw
+        at = np.ix_(range(images), (h >= 0) & (h < a["H"]), (w >= 0) & (w < a["W"]))
+        inside = x[:, h[(h >= 0) & (h < a["H"])]][:, :, w[(w >= 0) & (w < a["W"])]]
+        largest[at] = np.maximum(largest[at], inside)
+    view(a["y_ptr"], v.type, largest.size)[:] = from_float(largest, v.type).reshape(-1)

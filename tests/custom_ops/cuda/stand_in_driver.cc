@@ -179,7 +179,7 @@ int cuFuncSetAttribute(void*, int attribute, int value) {
 }
 int cuFuncGetParamInfo(void* function, size_t index, size_t* offset, size_t* bytes) {
   const std::string& name = static_cast<Loaded*>(function)->name;
-  int count = name == "block_sparse_conv" ? 36 : name == "sum_splits" ? 13 : 9;
+  int count = name == "block_sparse_conv" ? 38 : name == "sum_splits" ? 15 : name == "max_pool" ? 16 : 9;
   if (state().parameters >= 0) count = state().parameters;
   *offset = *bytes = 0;
   return static_cast<int>(index) < count ? 0 : 1;

@@ -128,7 +128,7 @@ def test_too_little_shared_memory(op: models.Op, driver: StandIn, library: Path)
 
 def test_other_parameters(op: models.Op, driver: StandIn, library: Path) -> None:
     driver.parameters(23)
-    assert "has 23 parameters, expected 36: rebuild the op library" in create_error(op)
+    assert "has 23 parameters, expected 38: rebuild the op library" in create_error(op)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_arguments(op: models.Op, driver: StandIn, shared_library: Path) -> None
         **{"C": 64, "D": 1, "H": 9, "W": 5, "OC": 128, "OD": 1, "OH": 9, "OW": 5, "P": 135},
         **{f"{name}_{d}": 1 for name in ("stride", "dilation") for d in "dhw"},
         **{"pad_d": 0, "pad_h": 1, "pad_w": 1, "taps": 9, "kernel_h": 3, "kernel_w": 3},
-        **{"w_tap": 64 * 32, "parts": 1, "low": 0.0, "high": math.inf},
+        **{"w_tap": 64 * 32, "parts": 1, "has_addend": 0, "low": 0.0, "high": math.inf},
     }
     # 2 x 3 programs would leave most of 132 multiprocessors idle, and 18 steps allow two splits of at least 8.
     assert (splits, conv.grid, conv.variant.layout) == (2, (3, 2, 2), "split")

@@ -16,6 +16,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tests.custom_ops import models
 from tests.custom_ops.cuda import stand_in
 from tests.custom_ops.cuda.stand_in import Launch, StandIn
+from tests.custom_ops.test_channels_last_max_pool import WINDOWS, max_pool, pool_model
 
 pytestmark = pytest.mark.usefixtures("shared_library")
 
@@ -50,7 +51,11 @@ def op_of(rng: np.random.Generator, *arguments: Any, **keywords: Any) -> models.
 
 def model_of(op: models.Op, x_shape: Any, kind: str) -> onnx.ModelProto:
     """float32 in and out; the node itself in another type, between Casts."""
-    model = models.make_model(op, x_shape)
+    return in_type(models.make_model(op, x_shape), kind)
+
+
+def in_type(model: onnx.ModelProto, kind: str) -> onnx.ModelProto:
+    """The model of one node with the node in another type, between Casts."""
     if kind in ONNX_TYPES:
         node = model.graph.node[0]
         for tensor in model.graph.initializer:
@@ -59,8 +64,11 @@ def model_of(op: models.Op, x_shape: Any, kind: str) -> onnx.ModelProto:
                 tensor.CopyFrom(
                     helper.make_tensor(tensor.name, ONNX_TYPES[kind], values.shape, values.tobytes(), raw=True)
                 )
-        node.input[0], node.output[0] = "x_cast", "y_cast"
-        model.graph.node.insert(0, helper.make_node("Cast", ["x"], ["x_cast"], to=ONNX_TYPES[kind]))
+        for slot, name in enumerate(node.input):
+            if name in ("x", "addend"):
+                node.input[slot] = f"{name}_cast"
+                model.graph.node.insert(0, helper.make_node("Cast", [name], [f"{name}_cast"], to=ONNX_TYPES[kind]))
+        node.output[0] = "y_cast"
         model.graph.node.append(helper.make_node("Cast", ["y_cast"], ["y"], to=TensorProto.FLOAT))
     return model
 
@@ -137,6 +145,82 @@ def test_other_ranks_and_kernels(
     check(op_of(rng, (40, 36, *kernel), (32, 32), 0.6, **attributes), random_input(rng, 2, 36, *size), kind, driver)
 
 
+@pytest.mark.parametrize("kind", ["tf32", "f16", "f32"])
+@pytest.mark.parametrize(("input_last", "output_last"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    ("kernel", "size", "attributes"),
+    [
+        ((3, 3), (7, 6), {"pads": [1, 1, 1, 1], "strides": [2, 1], "activation_min": 0.0}),
+        ((1, 1), (7, 6), {}),
+        ((2, 5), (7, 6), {"pads": [1, 2, 0, 2]}),
+        ((3,), (13,), {}),
+        ((2, 3, 3), (3, 4, 5), {"pads": [0, 1, 1, 1, 1, 1]}),
+    ],
+)
+def test_channels_last(
+    rng: np.random.Generator,
+    driver: StandIn,
+    kernel: tuple[int, ...],
+    size: tuple[int, ...],
+    attributes: dict[str, Any],
+    input_last: bool,
+    output_last: bool,
+    kind: str,
+) -> None:
+    layout = models.transposes(len(kernel), input_last, output_last)
+    op = op_of(rng, (150, 70, *kernel), (64, 64), **attributes, **layout)
+    check(op, random_input(rng, 2, *((*size, 70) if input_last else (70, *size))), kind, driver)
+
+
+@pytest.mark.parametrize("kind", ["tf32", "f16"])
+def test_channels_last_in_order_is_read_in_place(rng: np.random.Generator, driver: StandIn, kind: str) -> None:
+    """Between two of our convolutions there is nothing: the second reads what the first has written."""
+    layout = models.transposes(2, True, True)
+    op = op_of(rng, (128, 192, 3, 3), (64, 64), 0.4, pads=[1, 1, 1, 1], permuted=False, **layout)
+    check(op, random_input(rng, 1, 9, 7, 192), kind, driver)
+    assert {launch.variant.kernel for launch in driver.launches} <= {"block_sparse_conv", "sum_splits"}
+
+
+@pytest.mark.parametrize("kind", TOLERANCES)
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize(("kernel", "block_size"), [(1, (64, 64)), (3, (64, 64)), (3, (32, 32)), (2, (128, 64))])
+def test_addend(
+    rng: np.random.Generator, driver: StandIn, kernel: int, block_size: tuple[int, int], last: bool, kind: str
+) -> None:
+    layout = models.transposes(2, last, last)
+    limits = {"activation_min": 0.0, "activation_max": 4.0}
+    op = op_of(rng, (150, 70, kernel, kernel), block_size, **limits, **layout)
+    x = random_input(rng, 2, *((9, 8, 70) if last else (70, 9, 8)))
+    shape = op.expected(x).shape
+    op, addend = models.fused(op, "Add"), 4 * random_input(rng, *shape)
+    model = models.make_model(op, x.shape, addend_shape=shape)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TETRIS_ONNX_TF32", "0" if kind == "f32" else "1")
+        session = models.session(in_type(model, kind))
+    y = session.run(None, {"x": x, "addend": addend})[0]
+    expected = op.expected(x, addend)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=TOLERANCES[kind] * np.abs(expected).max())
+    assert (expected > 0).any() and (expected < 4).any()
+
+
+@pytest.mark.parametrize("kind", ["tf32", "f16", "bf16"])
+@pytest.mark.parametrize(("kernel", "strides", "pads"), WINDOWS)
+def test_max_pool(
+    rng: np.random.Generator,
+    driver: StandIn,
+    kernel: tuple[int, int],
+    strides: tuple[int, int],
+    pads: tuple[int, ...],
+    kind: str,
+) -> None:
+    x = random_input(rng, 2, 9, 7, 70)
+    x[0, 1, 2, 0], x[0, 3, 3, -1], x[-1, 0, 0, 1] = np.nan, np.inf, -np.inf
+    model = pool_model(x.shape, kernel_shape=kernel, strides=strides, pads=pads)
+    session = models.session(in_type(model, kind))
+    np.testing.assert_array_equal(session.run(None, {"x": x})[0], max_pool(x, kernel, strides, pads))
+    assert [launch.variant.kernel for launch in driver.launches] == ["max_pool"]
+
+
 @pytest.mark.parametrize("kind", ["tf32", "f16"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("density", [0.0, "one", 1.0])
@@ -164,14 +248,15 @@ def test_every_tile(rng: np.random.Generator, driver: StandIn, monkeypatch: pyte
     wanted = {v for v in stand_in.build.variants() if v.kernel == "block_sparse_conv" and v.type == kind}
     for variant in sorted(wanted, key=lambda v: v.name):
         taps = variant.taps or 4
-        kernel = {1: (1, 1), 9: (3, 3), 4: (2, 2)}[taps] if variant.layout != "nhwc" else ()
+        kernel = {1: (1, 1), 9: (3, 3), 4: (2, 2)}[taps]
+        last = variant.layout == "nhwc"
         block = (variant.bm, max(32, variant.bk)) if variant.bm > 32 else (32, 32)
-        attributes = {"pads": [k // 2 for k in kernel] * 2} if kernel else {}
-        op = op_of(rng, (variant.bm + 20, 140, *kernel), block, 0.6, **attributes)
+        layout = models.transposes(2, last, last)
+        op = op_of(rng, (variant.bm + 20, 140, *kernel), block, 0.6, pads=[k // 2 for k in kernel] * 2, **layout)
         splits = 3 if variant.layout == "split" else 1
         monkeypatch.setenv("TETRIS_ONNX_CUDA_TILE", f"{variant.bm}x{variant.bn}x{splits}")
-        pixels = (variant.bn + 30, 140) if not kernel else (2, 140, 5, math.ceil(variant.bn / 9))
-        check(op, random_input(rng, *pixels), kind, driver)
+        size = 5, math.ceil(variant.bn / 9)
+        check(op, random_input(rng, 2, *((*size, 140) if last else (140, *size))), kind, driver)
         assert driver.launches[-1 - (splits > 1)].variant == variant
 
 
