@@ -160,8 +160,8 @@ class Activations:
         """The nodes and constants of a layer with another weight and bias."""
         node = self._nodes[self._producer[layer]]
         constants = [
-            numpy_helper.from_array(np.ascontiguousarray(weight, np.float32), f"{layer}/weight_refit"),
-            numpy_helper.from_array(np.ascontiguousarray(bias, np.float32), f"{layer}/bias_refit"),
+            numpy_helper.from_array(np.ascontiguousarray(weight), f"{layer}/weight_refit"),
+            numpy_helper.from_array(np.ascontiguousarray(bias), f"{layer}/bias_refit"),
         ]
         changed = onnx.NodeProto()
         changed.CopyFrom(node)

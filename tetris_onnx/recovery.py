@@ -80,7 +80,8 @@ def recover(
                 plans.append(decision)
                 keep = support((decision.out_perm, decision.in_perm), decision.block_size, decision.keep, _taps(layer))
             weight, bias = seen.refit(keep, bounds, choose_damping=True, workers=config.workers)
-            new = NewWeights(weight.reshape(layer.weight_shape).astype(np.float32), bias.astype(np.float32))
+            dtype = layer.weight.dtype
+            new = NewWeights(weight.reshape(layer.weight_shape).astype(dtype), bias.astype(dtype))
             activations.replace(layer.name, layer.stored(new.weight), new.bias)
             weights[layer.name] = new
             rows[layer.name] = replace(describe(candidate, decision, shares), output_error=seen.error(weight))
@@ -128,7 +129,7 @@ def layer_samples(
             y[part] -= addend
             low[part] -= addend
             high[part] -= addend
-    return LayerSamples(u, y, layer.weight.reshape(out, -1), inputs=len(data)), (low, high)
+    return LayerSamples(u, y, layer.weight.reshape(out, -1).astype(np.float32, copy=False), inputs=len(data)), (low, high)
 
 
 def patches(layer: Layer, image: NDArray, out_shape: tuple[int, ...], chosen: NDArray[np.int64]) -> NDArray:

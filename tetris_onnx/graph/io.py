@@ -16,11 +16,14 @@ from typing import IO
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import version_converter
+from onnx_graphsurgeon.logger import G_LOGGER
 
 from tetris_onnx.graph.shapes import UNKNOWN, infer_shapes
+from tetris_onnx.graph.widen import rounding
 
 # The functions that define our ops for other runtimes use operators as they are since this version.
 MIN_OPSET = 13
+_MIN_OPSET_HALF = 15
 # protobuf refuses larger messages: such a model keeps its weights in a file beside it.
 _MAX_PROTO_BYTES = 2**31 - 2**20
 
@@ -90,15 +93,19 @@ def save(model: onnx.ModelProto, path: str | Path) -> None:
 
 
 def raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same model at opset `MIN_OPSET` or later (unchanged where it already is). Raises `ModelError`."""
-    if opset(model) >= MIN_OPSET:
+    """The same model at opset `MIN_OPSET` or later (unchanged where it already is). Raises `ModelError`.
+
+    With float16 or bfloat16 weights at 15 or later, where the functions can take the type of their inputs (CastLike).
+    """
+    least = _MIN_OPSET_HALF if rounding(model) else MIN_OPSET
+    if opset(model) >= least:
         return model
     try:
         # The converter needs default values of initializers among the inputs only before IR version 4.
-        converted = version_converter.convert_version(model, MIN_OPSET)
+        converted = version_converter.convert_version(model, least)
     except Exception as error:
         raise ModelError(
-            f"the model is at opset {opset(model)} and cannot be converted to opset {MIN_OPSET}: "
+            f"the model is at opset {opset(model)} and cannot be converted to opset {least}: "
             f"export it again at a later one ({_first_line(error)})"
         ) from None
     # The converter invents names for nodes that have none, where those of their outputs are what they are known by.
@@ -116,8 +123,12 @@ def opset(model: onnx.ModelProto) -> int:
 
 def to_graph(model: onnx.ModelProto) -> gs.Graph:
     """The model as an onnx-graphsurgeon graph with shapes annotated. Weights are shared with ``model``, not copied."""
-    graph = gs.import_onnx(model)
-    tensors = graph.tensors()
+    with G_LOGGER.suppress(G_LOGGER.ERROR):  # it warns of each value of a type that numpy lacks
+        graph = gs.import_onnx(model)
+        tensors = graph.tensors()
+        for tensor in tensors.values():
+            if isinstance(tensor, gs.Constant) and isinstance(tensor.dtype, int):
+                tensor.values = tensor.values  # read now, and known by numpy's name for its type
     shapes = infer_shapes(model)
     for name, tensor in tensors.items():
         if isinstance(tensor, gs.Variable):
@@ -131,7 +142,8 @@ def to_graph(model: onnx.ModelProto) -> gs.Graph:
 
 def to_proto(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
     """The graph as a model that keeps what graphs do not hold (metadata, producer, documentation) from ``like``."""
-    model = gs.export_onnx(graph, ir_version=max(like.ir_version, 8), opset_imports=graph.import_domains)
+    with G_LOGGER.suppress(G_LOGGER.ERROR):
+        model = gs.export_onnx(graph, ir_version=max(like.ir_version, 8), opset_imports=graph.import_domains)
     model.ir_version = max(like.ir_version, 8)  # the first version with functions
     for field in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
         setattr(model, field, getattr(like, field))

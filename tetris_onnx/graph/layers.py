@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 DOMAIN = "ai.tetris"
+# Element types that our operators take.
+WEIGHT_TYPES = ("float32", "float16", "bfloat16")
 CONV, GEMM = "BlockSparseConv", "BlockSparseGemm"
 CONV_ADD, CONV_MAX_POOL = "BlockSparseConvAdd", "BlockSparseConvMaxPool"  # CONV with what follows it
 OUR_OPS = (CONV, CONV_ADD, CONV_MAX_POOL, GEMM)
@@ -113,6 +115,12 @@ class Layer:
         return np.ascontiguousarray(weight.T if self.stored_transposed else weight)
 
 
+def weight_type(weight: gs.Constant) -> str:
+    """The name of a constant's element type."""
+    kind = weight.dtype  # ONNX's number for a type that numpy does not have
+    return TensorProto.DataType.Name(kind).lower() if isinstance(kind, int) else str(np.dtype(kind).name)
+
+
 def find_layers(graph: gs.Graph) -> list[Layer]:
     """The layers of the main graph in node order; those in subgraphs and functions are left alone."""
     layers = []
@@ -146,10 +154,8 @@ def _why_dense(node: gs.Node) -> str:
         if any(producer.op == "DequantizeLinear" for producer in weight.inputs):
             return "its weight is quantized"
         return "its weight is not a constant"
-    if weight.dtype != np.float32:
-        kind = weight.dtype  # ONNX's number for a type that numpy does not have
-        name = TensorProto.DataType.Name(kind).lower() if isinstance(kind, int) else np.dtype(kind).name
-        return f"its weight is {name}, not float32"
+    if weight_type(weight) not in WEIGHT_TYPES:
+        return f"its weight is {weight_type(weight)}, not {', '.join(WEIGHT_TYPES[:-1])} or {WEIGHT_TYPES[-1]}"
     if node.op == "Conv":
         if len(weight.shape) not in (3, 4, 5):
             return f"it is a convolution over {len(weight.shape) - 2} axes (1 to 3 are supported)"

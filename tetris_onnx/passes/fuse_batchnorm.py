@@ -12,7 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from tetris_onnx.graph.layers import Layer, layer_of
+from tetris_onnx.graph.layers import WEIGHT_TYPES, Layer, layer_of, weight_type
 from tetris_onnx.passes.surgery import is_output, only_consumer, remove_node, replace_uses, set_constant
 
 
@@ -52,7 +52,11 @@ def _affine(node: gs.Node, layer: Layer) -> tuple[NDArray, NDArray] | None:
     if node.op not in ("Mul", "Add") or not layer.is_conv or shape is None or len(node.inputs) != 2:
         return None  # (a matrix product's bias is fused when its operator is made: see fuse_epilogue)
     operand = node.inputs[1] if node.inputs[0] is layer.output else node.inputs[0]
-    if not isinstance(operand, gs.Constant) or operand.dtype != np.float32 or len(operand.shape) > len(shape):
+    if (
+        not isinstance(operand, gs.Constant)
+        or weight_type(operand) not in WEIGHT_TYPES
+        or len(operand.shape) > len(shape)
+    ):
         return None
     # [C, 1, 1], [1, C, 1, 1] or a single number
     padded = (1,) * (len(shape) - len(operand.shape)) + tuple(operand.shape)
@@ -66,9 +70,9 @@ def _scale(layer: Layer, scale: NDArray, shift: NDArray) -> None:
     weight = layer.weight
     if not np.all(scale == 1):
         scaled = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
-        set_constant(layer.node, 1, layer.stored(scaled.astype(np.float32)), f"{layer.name}/weight")
+        set_constant(layer.node, 1, layer.stored(scaled.astype(weight.dtype)), f"{layer.name}/weight")
     bias = layer.bias
     fused = shift if bias is None else scale * bias + shift
     if layer.node.op == "MatMul":
         layer.node.op = "Gemm"  # the same for the matrices that a BatchNormalization takes, and it has a bias
-    set_constant(layer.node, 2, fused.astype(np.float32), f"{layer.name}/bias")
+    set_constant(layer.node, 2, fused.astype(weight.dtype), f"{layer.name}/bias")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from tetris_onnx.graph.layers import CONV_ADD, CONV_MAX_POOL, Layer, find_layers
+from tetris_onnx.graph.layers import CONV_ADD, CONV_MAX_POOL, WEIGHT_TYPES, Layer, find_layers, weight_type
 from tetris_onnx.passes.surgery import only_consumer, remove_node, set_constant
 
 
@@ -44,7 +44,9 @@ def _add_bias(layer: Layer, add: gs.Node) -> bool:
     """Put the constant vector of ``add`` into the layer's bias, where it is one."""
     operand = add.inputs[1] if add.inputs[0] is layer.output else add.inputs[0]
     out, shape = layer.weight_shape[0], layer.output.shape
-    if not isinstance(operand, gs.Constant) or operand.dtype != np.float32 or shape is None or layer.out_axis is None:
+    if not isinstance(operand, gs.Constant) or weight_type(operand) not in WEIGHT_TYPES:
+        return False
+    if shape is None or layer.out_axis is None:
         return False
     if len(operand.shape) > len(shape):
         return False

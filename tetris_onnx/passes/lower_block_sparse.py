@@ -78,6 +78,6 @@ def _lower(layer: Layer, plan: LayerPlan, pool: ConstantPool) -> None:
         pool(f"{name}/output_perm", identity(out)),
     ]
     # Not every runtime can call a function without its last input (onnx.reference): no bias is one of zeros.
-    inputs.append(pool(f"{name}/bias_reordered", np.zeros(out, np.float32) if bias is None else bias))
+    inputs.append(pool(f"{name}/bias_reordered", np.zeros(out, blocks.dtype) if bias is None else bias))
     node.op, node.domain, node.attrs = (CONV if layer.is_conv else GEMM), DOMAIN, attributes
     node.inputs = inputs

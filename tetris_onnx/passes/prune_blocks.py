@@ -28,7 +28,9 @@ def prune_blocks(graph: gs.Graph, plan: Plan) -> None:
         if shared is None:
             weight = layer.weight
             keep = weight_mask(decision).reshape(*decision.shape, *[1] * (weight.ndim - 2))
-            set_constant(layer.node, 1, layer.stored(np.where(keep, weight, np.float32(0))), f"{layer.name}/weight")
+            set_constant(
+                layer.node, 1, layer.stored(np.where(keep, weight, weight.dtype.type(0))), f"{layer.name}/weight"
+            )
             made.append((decision, original, layer.node.inputs[1]))
         else:
             layer.node.inputs[1] = shared

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
@@ -17,8 +16,8 @@ from tetris_onnx.passes.surgery import set_constant
 class NewWeights:
     """What a refit gives a layer: its whole weight, zero where it is pruned, and its bias."""
 
-    weight: NDArray[np.float32]  # [out, in, *kernel]
-    bias: NDArray[np.float32]  # [out]
+    weight: NDArray  # [out, in, *kernel], of the element type of the layer's own
+    bias: NDArray  # [out], too
 
 
 def set_weights(graph: gs.Graph, weights: Mapping[str, NewWeights]) -> None:
