@@ -116,14 +116,17 @@ SparseKernel::SparseKernel(int device, Type type, const Window& window, const Bl
   }
 }
 
+TileChoice SparseKernel::describe(int64_t pixels) const {
+  return {device_.capability(), type_, kernel_taps_, bm_, rows_, std::max<int64_t>(most_tiles_ * taps_, 1), pixels, 0, 0, 0};
+}
+
 // What was measured for a layer like this one. Else the largest tile that still makes a program for each multiprocessor:
 // large tiles read less for each product. Where even the smallest leaves some idle, the sums are split.
 SparseKernel::Plan SparseKernel::plan(int64_t pixels, bool must_split) const {
   const int64_t processors = device_.multiprocessors(), steps = most_tiles_ * taps_;
   int64_t bm = forced_bm_, bn = forced_bn_, forced_splits = forced_splits_;
   if (bm == 0 && bn == 0 && forced_splits == 0) {
-    const TileChoice layer{device_.capability(), type_, kernel_taps_, bm_, rows_, std::max<int64_t>(steps, 1), pixels, 0, 0, 0};
-    if (const TileChoice* choice = find_choice(choices_, layer)) {
+    if (const TileChoice* choice = find_choice(choices_, describe(pixels))) {
       bm = choice->bm;
       bn = choice->bn;
       forced_splits = choice->splits;

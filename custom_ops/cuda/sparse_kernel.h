@@ -32,8 +32,8 @@ class SparseKernel {
   SparseKernel(int device, Type type, const Window& window, const BlockSparseWeight& weight, Activation activation,
                ChannelsLast last);
 
-  int64_t inputs() const { return inputs_; }
-  int64_t outputs() const { return outputs_; }
+  // What the table of measured tiles knows this layer by, for as many output pixels of a batch.
+  TileChoice describe(int64_t pixels) const;
 
   // Enqueues y[batch][outputs][output] from x[batch][inputs][input] on the stream, or with the channels last.
   // `addend`, if not 0, is added before the activation; it is like y and may be y. Device pointers. May be called from
