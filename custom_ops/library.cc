@@ -32,6 +32,14 @@ struct Cpu {
   static constexpr ort::MemoryType kWeightMemory = ort::kDefaultMemory;
 };
 
+// The CPU's kernels are for float32, but the ops take float16 too: onnxruntime then puts Casts around the node. It has to be
+// told of the type by a kernel, which is for no provider and thus never made.
+struct CpuBetweenCasts {
+  static constexpr const char* kProvider = "ai.tetris.NoExecutionProvider";
+  static constexpr ort::ElementType kElement = ort::kFloat16;
+  static constexpr ort::MemoryType kWeightMemory = ort::kDefaultMemory;
+};
+
 #if defined(TETRIS_CUDA)
 template <ort::ElementType Element>
 struct Cuda {
@@ -112,6 +120,11 @@ struct Library {
   OpDescription<BlockSparseConvMaxPool, Cpu> conv_max_pool{api};
   OpDescription<BlockSparseGemm, Cpu> gemm{api};
   OpDescription<ChannelsLastMaxPool, Cpu> max_pool{api};
+  OpDescription<BlockSparseConv, CpuBetweenCasts> conv_f16{api};
+  OpDescription<BlockSparseConvAdd, CpuBetweenCasts> conv_add_f16{api};
+  OpDescription<BlockSparseConvMaxPool, CpuBetweenCasts> conv_max_pool_f16{api};
+  OpDescription<BlockSparseGemm, CpuBetweenCasts> gemm_f16{api};
+  OpDescription<ChannelsLastMaxPool, CpuBetweenCasts> max_pool_f16{api};
 #if defined(TETRIS_CUDA)
   OpDescription<cuda::BlockSparseConv, Cuda<ort::kFloat>> cuda_conv{api};
   OpDescription<cuda::BlockSparseConv, Cuda<ort::kFloat16>> cuda_conv_f16{api};
@@ -137,6 +150,7 @@ struct Library {
 #endif
 #if !defined(TETRIS_WITHOUT_CPU)
         &conv, &conv_add, &conv_max_pool, &gemm, &max_pool,
+        &conv_f16, &conv_add_f16, &conv_max_pool_f16, &gemm_f16, &max_pool_f16,
 #endif
     };
     for (const ort::CustomOp* op : ops) check(api, api.CustomOpDomain_Add(domain, op));

@@ -23,7 +23,7 @@ from models import (
 )
 from tetris_onnx import Config, optimize
 from tetris_onnx.graph.layers import CONV, CONV_ADD, CONV_MAX_POOL
-from tetris_onnx.optimize import masked_dense, pipeline
+from tetris_onnx.optimize import masked_dense
 from tetris_onnx.plan import Plan
 from tetris_onnx.runtime import InferenceSession
 
@@ -186,8 +186,7 @@ def test_with_gathers_only_what_is_exact(gathers: str) -> None:
         assert (counts[CONV_ADD], counts[CONV_MAX_POOL]) == (1, 1)  # behind the Add there is no convolution to take it
 
 
-def test_not_for_cuda() -> None:
-    assert "fuse_add_and_pool" not in [step.name for step in pipeline(random_plan(Net().build()), target="cuda")]
+def test_no_pool_for_cuda() -> None:
     net = Net()
     x = net.conv(net.input("x", [1, 32, 8, 8]), (32, 32))
     net.output(net.op("MaxPool", net.op("Relu", x), **POOL))
