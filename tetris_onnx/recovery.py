@@ -129,7 +129,8 @@ def layer_samples(
             y[part] -= addend
             low[part] -= addend
             high[part] -= addend
-    return LayerSamples(u, y, layer.weight.reshape(out, -1).astype(np.float32, copy=False), inputs=len(data)), (low, high)
+    weight = layer.weight.reshape(out, -1).astype(np.float32, copy=False)
+    return LayerSamples(u, y, weight, inputs=len(data)), (low, high)
 
 
 def patches(layer: Layer, image: NDArray, out_shape: tuple[int, ...], chosen: NDArray[np.int64]) -> NDArray:
