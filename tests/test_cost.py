@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from tetris_onnx.cost import (
     AVX512,
+    BUILT_IN,
     DENSE_WORK,
     KINDS,
     SPARSE_WORK,
@@ -67,7 +70,7 @@ def test_predictions_grow_with_the_density(kind: str) -> None:
     times = predict(SHAPES[kind], densities, (16, 16), AVX512)
     assert times.shape == (21,)
     assert (np.diff(times) > 0).all()
-    assert times[7] == float(predict(SHAPES[kind], densities[7], (16, 16), AVX512))
+    assert times[7] == pytest.approx(float(predict(SHAPES[kind], densities[7], (16, 16), AVX512)), rel=1e-12)
     assert times[0] >= 1e-9 * AVX512.sparse["call"]
 
 
@@ -78,6 +81,36 @@ def test_large_layers_gain_in_proportion_and_small_ones_do_not() -> None:
     assert 0.9 < 0.25 * dense / predict(large, 0.25, (32, 32), AVX512) < 1.1
     tiny = LayerShape(32, 32, (1, 1), (1, 1), (1, 1), (1, 1), (1, 1))
     assert predict(tiny, 0.5, (16, 16), AVX512) > predict_dense(tiny, AVX512)
+
+
+def test_weights_of_a_large_network_come_from_memory() -> None:
+    layer = LayerShape(4096, 4096)
+    cold = replace(layer, cold=True)
+    assert predict_dense(cold, AVX512) > 1.5 * predict_dense(layer, AVX512)
+    assert predict(cold, 0.5, (32, 32), AVX512) > 1.5 * predict(layer, 0.5, (32, 32), AVX512)
+    work = dict(zip(DENSE_WORK, dense_work(cold), strict=True))
+    assert (work["cold"], work["weights"]) == (2**24, 0)
+
+
+def test_threads_divide_the_work_but_not_the_call() -> None:
+    machine = replace(AVX512, fork=1000.0, serial=0.1)
+    for one, two in (
+        (predict_dense(WIDE, machine), predict_dense(WIDE, machine, 2)),
+        (float(predict(WIDE, 0.5, (32, 32), machine)), float(predict(WIDE, 0.5, (32, 32), machine, 2))),
+    ):
+        assert one / 2 < two < one
+    call = 1e-9 * machine.dense["call"]
+    assert predict_dense(WIDE, machine, 2) == pytest.approx(
+        call + 1e-6 + (predict_dense(WIDE, machine) - call) * (0.1 + 0.9 / 2)
+    )
+
+
+def test_every_instruction_set_has_coefficients() -> None:
+    assert set(BUILT_IN) == {"avx512", "avx2", "neon", "scalar"}
+    for name, machine in BUILT_IN.items():
+        assert machine.name == name
+        assert tuple(machine.dense) == DENSE_WORK and tuple(machine.sparse) == SPARSE_WORK
+        assert machine.lanes == {"avx512": 16, "avx2": 8, "neon": 4, "scalar": 1}[name]
 
 
 def test_the_fit_finds_the_coefficients_that_made_the_times() -> None:
@@ -95,7 +128,5 @@ def test_the_fit_finds_the_coefficients_that_made_the_times() -> None:
     assert np.abs(predicted / seconds - 1).max() < 0.02
     assert (found >= 0).all()
     # Where no layer tells, the prior stays.
-    only = work[:8]
-    assert fit(only, seconds[:8], truth)[SPARSE_WORK.index("product")] == pytest.approx(
-        truth[SPARSE_WORK.index("product")]
-    )
+    product = SPARSE_WORK.index("product")
+    assert fit(work[:8], seconds[:8], truth)[product] == pytest.approx(truth[product])

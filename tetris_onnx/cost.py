@@ -1,16 +1,17 @@
 """Predict the time of a layer, dense in onnxruntime and block-sparse in our operators. Numbers and formulas only.
 
-    predict(shape, density, block_size, machine)  -> seconds of the block-sparse operator; density may be an array
-    predict_dense(shape, machine)                 -> seconds of onnxruntime's layer, in its own network
+    predict(shape, density, block_size, machine, threads)  -> seconds of the block-sparse layer; density may be an array
+    predict_dense(shape, machine, threads)                 -> seconds of onnxruntime's layer, in its own network
 
-``machine`` comes from `tetris_onnx.machine.load_machine(threads)`, ``shape`` of a model's layer from
+``machine`` comes from `tetris_onnx.machine.load_machine()`, ``shape`` of a model's layer from
 `tetris_onnx.planner.layer_shape`.
 
 Both are sums of work times what a unit of it takes, t = sum_i c_i w_i with c_i >= 0. The work w is counted from the
 shape: a call, multiplications by kind of kernel (as the kernels do them: filled up to whole vectors and row groups),
-weights read, input read or copied, output written. The machine's coefficients c are fitted to measured times by
-non-negative least squares on relative errors (`fit`). Everything is linear, so that a few dozen timed layers
-determine a machine, a prediction costs microseconds, and the block-sparse time can only grow with the density.
+weights read from the caches or from memory, input read or copied, output written. The machine's coefficients c are
+fitted to measured times by non-negative least squares on relative errors (`fit`). Everything is linear, so that a few
+dozen timed layers determine a machine, a prediction costs microseconds, and the block-sparse time can only grow with
+the density. Threads divide the work but for the call and a share that stays serial (Amdahl).
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ from numpy.typing import ArrayLike, NDArray
 
 # What a layer's multiplications are: the kernels differ in how fast they do them.
 KINDS = ("wide", "strided", "pointwise", "general", "product")
-DENSE_WORK = ("call", *KINDS, "weights", "input", "output")
-SPARSE_WORK = ("call", *KINDS, "weights", "panel", "input", "output")
+DENSE_WORK = ("call", *KINDS, "weights", "cold", "input", "output")
+SPARSE_WORK = ("call", *KINDS, "weights", "cold", "panel", "input", "output")
+# A network with more weights than these does not keep them in the caches from one run to the next.
+CACHED_WEIGHTS = 2**23
 _ROWS = 8  # output channels that the sparse kernel computes at a time
 _FEWEST_ROWS = 3  # below, the multipliers wait for their own results
 _TAIL_PIXELS = 4  # as many at the end of a map are computed without a vector for them
@@ -44,6 +47,7 @@ class LayerShape:
     input_size: tuple[int, ...] = ()  # of a channel
     output_size: tuple[int, ...] = ()
     samples: int = 1  # images of a batch, or rows of a matrix product
+    cold: bool = False  # a run of the network finds the weights in memory, not in a cache (see `CACHED_WEIGHTS`)
 
     @property
     def taps(self) -> int:
@@ -69,44 +73,63 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Machine:
-    """The coefficients of a machine: nanoseconds per unit of work, at one number of threads."""
+    """The coefficients of a machine, nanoseconds per unit of work on one thread."""
 
     name: str
     lanes: int  # float32 values of a vector register
-    threads: int
     dense: Mapping[str, float]  # by DENSE_WORK
     sparse: Mapping[str, float]  # by SPARSE_WORK
+    fork: float = 3000.0  # more per call with several threads
+    serial: float = 0.05  # share of the work that threads do not divide
 
 
-# AMD EPYC of the Zen 5 generation at 4 GHz, onnxruntime 1.31, one thread.
+# AMD EPYC of the Zen 5 generation, onnxruntime 1.31. Fitted to 890 layers of 12 networks, each profiled in its network.
 AVX512 = Machine(
     name="avx512",
     lanes=16,
-    threads=1,
     dense={
-        "call": 4000.0,
-        "wide": 0.0082,
-        "strided": 0.0085,
-        "pointwise": 0.0078,
-        "general": 0.0079,
-        "product": 0.0083,
-        "weights": 0.071,
-        "input": 0.012,
-        "output": 0.049,
+        "call": 4100.0,
+        "wide": 0.0076,
+        "strided": 0.0075,
+        "pointwise": 0.0071,
+        "general": 0.0072,
+        "product": 0.0076,
+        "weights": 0.024,
+        "cold": 0.102,
+        "input": 0.022,
+        "output": 0.094,
     },
     sparse={
-        "call": 4900.0,
-        "wide": 0.0078,
-        "strided": 0.0096,
-        "pointwise": 0.0087,
-        "general": 0.0090,
-        "product": 0.0128,
-        "weights": 0.106,
-        "panel": 0.102,
-        "input": 0.006,
-        "output": 0.069,
+        "call": 5900.0,
+        "wide": 0.0070,
+        "strided": 0.0082,
+        "pointwise": 0.0076,
+        "general": 0.0078,
+        "product": 0.0126,
+        "weights": 0.007,
+        "cold": 0.145,
+        "panel": 0.119,
+        "input": 0.021,
+        "output": 0.080,
     },
 )
+
+
+def _slower(machine: Machine, name: str, lanes: int) -> Machine:
+    """``machine`` with narrower registers: its multiplications take longer by as much, everything else the same."""
+    factor = machine.lanes / lanes
+    dense, sparse = (
+        {work: c * factor if work in KINDS else c for work, c in coefficients.items()}
+        for coefficients in (machine.dense, machine.sparse)
+    )
+    return Machine(name, lanes, dense, sparse, machine.fork, machine.serial)
+
+
+# Of the instruction sets that the op library has kernels for; scaled where they have not been measured.
+BUILT_IN = {
+    machine.name: machine
+    for machine in (AVX512, _slower(AVX512, "avx2", 8), _slower(AVX512, "neon", 4), _slower(AVX512, "scalar", 1))
+}
 
 
 def sparse_work(
@@ -118,7 +141,7 @@ def sparse_work(
     work = dict.fromkeys(SPARSE_WORK, np.zeros_like(kept))
     work["call"] = np.ones_like(kept)
     weights = kept * (shape.outputs * shape.inputs * shape.taps)
-    work["weights"] = weights
+    work["cold" if shape.cold else "weights"] = weights
     # The share of input channels that some kept block reads, of blocks kept at random.
     used = 1.0 - (1.0 - kept) ** math.ceil(shape.outputs / rows)
     pixels, read = math.prod(shape.output_size), math.prod(shape.input_size)
@@ -141,24 +164,33 @@ def dense_work(shape: LayerShape, lanes: int = 16) -> NDArray[np.float64]:
     work["call"] = 1.0
     outputs = shape.outputs if shape.kind == "product" else _fill(shape.outputs, min(lanes, _LAYOUT_CHANNELS))
     work[shape.kind] = shape.multiplications / shape.outputs * outputs
-    work["weights"] = shape.outputs * shape.inputs * shape.taps
+    work["cold" if shape.cold else "weights"] = shape.outputs * shape.inputs * shape.taps
     work["input"] = shape.samples * shape.inputs * math.prod(shape.input_size)
     work["output"] = shape.samples * shape.outputs * math.prod(shape.output_size)
     return np.array([work[name] for name in DENSE_WORK])
 
 
 def predict(
-    shape: LayerShape, density: ArrayLike, block_size: tuple[int, int], machine: Machine
+    shape: LayerShape, density: ArrayLike, block_size: tuple[int, int], machine: Machine, threads: int = 1
 ) -> NDArray[np.float64]:
     """Seconds of the block-sparse layer for each density; never less for a higher one."""
-    coefficients = np.array([machine.sparse[name] for name in SPARSE_WORK])
+    coefficients = _on_threads(machine, machine.sparse, SPARSE_WORK, threads)
     return 1e-9 * (sparse_work(shape, density, block_size, machine.lanes) @ coefficients)
 
 
-def predict_dense(shape: LayerShape, machine: Machine) -> float:
+def predict_dense(shape: LayerShape, machine: Machine, threads: int = 1) -> float:
     """Seconds of the dense layer in onnxruntime, between layers of its own layout."""
-    coefficients = np.array([machine.dense[name] for name in DENSE_WORK])
-    return 1e-9 * float(dense_work(shape, machine.lanes) @ coefficients)
+    return 1e-9 * float(dense_work(shape, machine.lanes) @ _on_threads(machine, machine.dense, DENSE_WORK, threads))
+
+
+def _on_threads(
+    machine: Machine, coefficients: Mapping[str, float], names: Sequence[str], threads: int
+) -> NDArray[np.float64]:
+    values = np.array([coefficients[name] for name in names])
+    if threads > 1:
+        values[1:] *= machine.serial + (1 - machine.serial) / threads
+        values[0] += machine.fork
+    return values
 
 
 def fit(work: NDArray[np.float64], seconds: NDArray[np.float64], prior: Sequence[float]) -> NDArray[np.float64]:
