@@ -415,7 +415,8 @@ def test_inspect_lists_layers_and_what_could_be_won(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prunable = replace(ROW, status="prunable", density=1.0, kept_parameters=36864, retained=None, baseline=None)
-    dense = replace(prunable, node="fc", status="dense", reason="it is too small")
+    prunable = replace(prunable, predicted_ms=(1.5, 0.75))
+    dense = replace(prunable, node="fc", status="dense", reason="it is too small", predicted_ms=(0.5, 0.5))
     configs: list[Config] = []
 
     def fake(model: Path, config: Config) -> list[LayerReport]:
@@ -426,10 +427,13 @@ def test_inspect_lists_layers_and_what_could_be_won(
     text = succeeds(["inspect", "m.onnx"], capsys)
     for part in ("conv1", "prunable", "dense: it is too small", "1 of 2 layers can be pruned", "2 M -> 1.5 M (75.0 %)"):
         assert part in text
+    assert "1.5 -> 0.75" in text, "the layer's own times"
+    assert "predicted 2 ms -> 1.25 ms in these layers: 1.60x (avx512, measured on this machine, one thread)" in text
     value = json.loads(succeeds(["inspect", "m.onnx", "--json", "--sparsity", "0.8", "--block-size", "8"], capsys))
     assert [row["status"] for row in value["layers"]] == ["prunable", "dense"]
     assert (value["macs"], value["predicted_macs"]) == (2_000_000, 1_200_000)
-    assert value["predicted_speedup"] == pytest.approx(2 / 1.2, rel=1e-12)  # a quotient of two integers
+    assert value["predicted_ms"] == [2.0, 1.25] and value["predicted_speedup"] == 1.6
+    assert value["machine"] == "avx512, measured on this machine"
     assert configs[-1] == Config(sparsity=0.8, block_size=(8, 8))
 
 
@@ -485,10 +489,10 @@ def test_doctor_fails_where_something_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good = Diagnosis((Check("onnxruntime", "1.0", True), Check("GPU", "none")))
-    monkeypatch.setattr(tetris_onnx.doctor, "diagnose", lambda: good)
+    monkeypatch.setattr(tetris_onnx.doctor, "diagnose", lambda measure: good)
     assert succeeds(["doctor"], capsys).splitlines()[-1] == "ready"
     bad = Diagnosis((*good.checks, Check("op library", "not found", False, "install it")))
-    monkeypatch.setattr(tetris_onnx.doctor, "diagnose", lambda: bad)
+    monkeypatch.setattr(tetris_onnx.doctor, "diagnose", lambda measure: bad)
     assert run(["doctor"]) == 1
     text = capsys.readouterr().out
     assert "FAIL" in text

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,10 @@ import pytest
 from rich.console import Console
 
 from tetris_onnx import doctor
+from tetris_onnx.cost import AVX512
 from tetris_onnx.doctor import Check, Diagnosis, diagnose, print_diagnosis
+from tetris_onnx.measure import Measurement
+from tetris_onnx.processor import cpu_flags
 
 
 def found() -> dict[str, Check]:
@@ -96,8 +100,8 @@ def test_a_forced_instruction_set_is_shown(monkeypatch: pytest.MonkeyPatch) -> N
 )
 def test_flags_are_those_of_cpuinfo(text: str, flags: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_text", lambda self, encoding: text)
-    assert flags <= doctor._cpu_flags()
-    assert "none" not in doctor._cpu_flags()
+    assert flags <= cpu_flags()
+    assert "none" not in cpu_flags()
 
 
 def test_a_gpu_is_listed_with_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,3 +131,19 @@ def test_the_table_ends_with_what_to_do() -> None:
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert [line.split() for line in lines[:2]] == [["ok", "a", "[1]"], ["FAIL", "b", "gone"]]
     assert lines[-2:] == ["b: get [b]", "not ready: see above"]
+
+
+def test_the_cost_model_can_be_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    check = found()["cost model"]
+    assert check.value.startswith("built in for ") and "doctor --measure" in check.advice
+    measured = Measurement(replace(AVX512, name="avx512"), 80, 0.034)
+    monkeypatch.setattr("tetris_onnx.measure.measure_machine", lambda: measured)
+    check = {c.name: c for c in diagnose(measure=True).checks}["cost model"]
+    path = tmp_path / "tetris-onnx" / "machine.json"
+    assert check.value == f"avx512: 80 timings, off by 3.4% (median), kept in {path}" and check.ok is None
+    assert found()["cost model"].value == f"avx512, measured on this machine ({path})"
+    path.unlink()
+    path.mkdir()
+    check = {c.name: c for c in diagnose(measure=True).checks}["cost model"]
+    assert "cannot be measured: cannot write" in check.value and check.ok is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,12 @@ from tetris_onnx import planner
 from tetris_onnx.algorithms.permutation import is_identity
 from tetris_onnx.algorithms.reorder import Reordering
 from tetris_onnx.config import Config, LayerRule
+from tetris_onnx.cost import AVX512, LayerShape, predict, predict_dense
 from tetris_onnx.graph import io
 from tetris_onnx.graph.channels import gather_permutation
+from tetris_onnx.graph.layers import find_layers
 from tetris_onnx.plan import LayerPlan, Plan, PlanError
-from tetris_onnx.planner import inspect, make_plan, match_plan, prepare, survey
+from tetris_onnx.planner import inspect, layer_shapes, make_plan, match_plan, prepare, survey
 from tetris_onnx.report import LayerReport
 
 
@@ -132,19 +136,84 @@ def test_rules() -> None:
     assert fourth is not None and fourth.block_size == (8, 4)
 
 
-def test_small_layers_stay_dense() -> None:
+def small_layers() -> Net:
     net = Net()
     a = net.op("Relu", net.conv(net.input("x", ["N", 32, 8, 8]), (32, 8)))
     a = net.op("Relu", net.conv(a, (8, 32)))
     a = net.conv(net.op("GlobalAveragePool", a), (32, 32), kernel=1)
     net.output(net.conv(a, (32, 32)))
+    return net
+
+
+def test_layers_that_would_not_get_faster_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = small_layers()
+    machine = replace(AVX512, dense={**AVX512.dense, "call": 0.0}, sparse={**AVX512.sparse, "call": 2000.0})
+    monkeypatch.setattr(planner, "load_machine", lambda: machine)
     rows = planned(net, block_size=(32, 32))[1]
     assert "first layer" in rows["conv1"].reason
-    assert "blocks of 16x4, too small" in rows["conv2"].reason
-    assert "1024 multiplications" in rows["conv3"].reason
+    for name in ("conv2", "conv3", "conv4"):
+        row = rows[name]
+        assert row.status == "dense"
+        found = re.fullmatch(r"predicted (\S+) ms block-sparse against (\S+) ms dense", row.reason)
+        assert found and float(found[1]) >= 0.95 * float(found[2])
+        # It takes what it takes dense: 32 x 32 products in the cache.
+        assert row.predicted_ms is not None and row.predicted_ms[0] == row.predicted_ms[1]
+        assert float(found[2]) == pytest.approx(row.predicted_ms[0], rel=0.05)
     # What the user asks for is done.
-    plan, _ = planned(net, block_size=(32, 32), layers=(LayerRule("node_conv[23]"),))
+    plan, rows = planned(net, block_size=(32, 32), layers=(LayerRule("node_conv[23]"),))
     assert [p.layer for p in plan] == ["conv2", "conv3"]
+    assert [p.layer for p in planned(net, block_size=(32, 32), target="cuda")[0]] == ["conv2", "conv3", "conv4"]
+    predicted = rows["conv3"].predicted_ms
+    assert predicted is not None and predicted[1] > predicted[0]
+    # A machine on which calls cost nothing.
+    monkeypatch.setattr(planner, "load_machine", lambda: replace(machine, sparse={**machine.sparse, "call": 0.0}))
+    assert [p.layer for p in planned(net, block_size=(32, 32))[0]] == ["conv2", "conv3", "conv4"]
+
+
+def test_the_predicted_time_is_that_of_the_blocks_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "load_machine", lambda: AVX512)
+    plan, rows = planned(network(), sparsity=0.75)
+    shape = LayerShape(32, 32, (3, 3), (1, 1), (1, 1), (16, 16), (16, 16))
+    decision = plan.get("conv2")
+    assert decision is not None
+    dense, sparse = 1e3 * predict_dense(shape, AVX512), 1e3 * float(predict(shape, 0.25, (16, 16), AVX512))
+    assert rows["conv2"].predicted_ms == pytest.approx((dense, sparse))
+    assert inspect(network().build(), Config(block_size=(16, 16), sparsity=0.75))[1].predicted_ms == pytest.approx(
+        (dense, sparse)
+    )
+
+
+def test_shapes_of_layers() -> None:
+    net = Net()
+    a = net.conv(net.input("x", [4, 8, 9, 9]), (8, 16), strides=[2, 2])
+    a = net.op("Relu", net.conv(a, (16, 16), group=2))
+    a = net.op("Reshape", a, net.constant([4, 10, 40]))
+    net.output(net.matmul(a, (40, 24)))
+    graph = prepare(io.to_graph(net.build()))
+    assert layer_shapes(graph, find_layers(graph)) == [
+        LayerShape(16, 8, (3, 3), (2, 2), (1, 1), (9, 9), (5, 5), samples=4),
+        None,  # grouped: it stays dense in any case
+        LayerShape(24, 40, samples=40),
+    ]
+
+
+def test_open_sizes_are_taken_as_usual_ones() -> None:
+    net = Net()
+    a = net.op("Relu", net.conv(net.input("x", ["N", 32, "H", "W"]), (32, 64), strides=[2, 2]))
+    net.output(net.conv(a, (64, 64)))
+    graph = prepare(io.to_graph(net.build()))
+    first, second = layer_shapes(graph, find_layers(graph))
+    assert first is not None and (first.input_size, first.output_size) == ((224, 224), (112, 112))
+    assert second is not None and second.samples == 1 and second.output_size == (112, 112)
+    row = inspect(net.build())[1]
+    assert row.macs is None and row.predicted_ms is not None and row.predicted_ms[0] > row.predicted_ms[1]
+
+
+def test_weights_are_cold_where_the_caches_do_not_hold_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = prepare(io.to_graph(network().build()))
+    assert not any(shape.cold for shape in layer_shapes(graph, find_layers(graph)) if shape)
+    monkeypatch.setattr(planner, "CACHED_WEIGHTS", 1000)
+    assert all(shape.cold for shape in layer_shapes(graph, find_layers(graph)) if shape)
 
 
 def test_too_few_blocks() -> None:

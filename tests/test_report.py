@@ -24,6 +24,7 @@ from tetris_onnx.report import (
     to_json,
     to_markdown,
     total_macs,
+    total_ms,
     write_report,
 )
 
@@ -106,6 +107,28 @@ def test_measured_accuracy_and_time_join_the_summary() -> None:
     assert lines["time"] == "2 ms -> 1.25 ms: 1.60x faster (95 % interval 1.50 to 1.70), batch 1, one thread"
 
 
+def test_times_are_shown_before_and_after() -> None:
+    report = replace(
+        REPORT, layers=(replace(CONV, predicted_ms=(1.5, 0.75)), replace(FC, predicted_ms=(0.5, 0.5))), machine="zen"
+    )
+    assert total_ms(report.layers) == (2.0, 1.25)
+    assert dict(summary(report))["predicted"] == "2 -> 1.25 ms in these layers: 1.60x (zen, one thread)"
+    assert total_ms(REPORT.layers) is None and "predicted" not in dict(summary(REPORT))
+
+    def table(shown: Report) -> str:
+        console = Console(file=io.StringIO(), width=120)
+        print_report(shown, console)
+        return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
+
+    assert "predicted ms" in table(report) and "1.5 -> 0.75" in table(report)
+    measured = replace(report, layers=(replace(report.layers[0], measured_ms=(1.25, 0.625)), report.layers[1]))
+    assert "measured ms" in table(measured) and "1.25 -> 0.625" in table(measured)
+    for text in (to_markdown(measured), to_html(measured)):
+        assert all(t.replace(">", "&gt;") in text for t in ("1.5 -> 0.75", "1.25 -> 0.625"))
+    row = json.loads(to_json(measured))["layers"][0]
+    assert row["predicted_ms"] == [1.5, 0.75] and row["measured_ms"] == [1.25, 0.625]
+
+
 def test_an_empty_model_has_a_report() -> None:
     empty = replace(REPORT, layers=(), bytes_before=0)
     assert dict(summary(empty))["layers"] == "0 of 0 block-sparse"
@@ -175,7 +198,7 @@ def test_names_from_a_model_cannot_become_markup() -> None:
     markdown = to_markdown(hostile)
     assert "<script" not in markdown
     row = next(line for line in markdown.splitlines() if "64x32x3x3" in line)
-    assert len(re.findall(r"(?<!\\)\|", row)) == 12, "eleven cells"
+    assert len(re.findall(r"(?<!\\)\|", row)) == 14, "thirteen cells"
 
     console = Console(file=io.StringIO(), width=400)
     print_report(hostile, console)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from tetris_onnx.calibration import (
     runnable_samples,
     session_inputs,
 )
+from tetris_onnx.processor import cpu_name
 from tetris_onnx.profiling import LayerTiming, profile, totals, wait_until_idle
 from tetris_onnx.runtime import import_onnxruntime
 from tetris_onnx.session import ModelSource, model_name, open_session, run
@@ -202,16 +202,6 @@ def parse_threads(text: str) -> tuple[int, ...]:
     if not threads or min(threads) < 1:
         raise BenchError(f"--threads {text}: expected numbers such as 1,2")
     return threads
-
-
-def cpu_name() -> str:
-    """The processor's name, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith(("model name", "Model")))
-    return next(named, "") or platform.processor() or platform.machine()
 
 
 def _machine() -> Machine:

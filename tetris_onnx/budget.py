@@ -18,8 +18,7 @@ from tetris_onnx.algorithms.allocation import BudgetError, Options, allocate, ke
 from tetris_onnx.algorithms.blocks import block_grid, keep_count
 from tetris_onnx.config import Config
 from tetris_onnx.cost import predict, predict_dense
-from tetris_onnx.machine import load_machine
-from tetris_onnx.planner import Candidate, layer_shape
+from tetris_onnx.planner import Candidate
 from tetris_onnx.sensitivity import Sensitivity, is_free
 
 _DENSE = "the allocation leaves it dense"
@@ -90,11 +89,10 @@ def with_kept(candidate: Candidate, kept: int) -> Candidate:
 
 
 def _time_budget(candidates: Sequence[Candidate], speedup: float) -> Budget:
-    machine = load_machine()
     costs: dict[str, NDArray[np.float64]] = {}
     total = fixed = 0.0
     for candidate in candidates:
-        shape = layer_shape(candidate.layer) if _has_weight(candidate) else None
+        shape, machine = candidate.shape, candidate.machine
         if shape is None:
             if is_free(candidate):
                 raise BudgetError(
@@ -129,11 +127,6 @@ def _out_of_reach(budget: Budget, config: Config) -> str:
         f"sparsity {config.sparsity:g} is out of reach: with one block left in each layer, "
         f"{100 * budget.least / everything:.1f} % of the {budget.unit} are left; use smaller blocks or less sparsity"
     )
-
-
-def _has_weight(candidate: Candidate) -> bool:
-    node = candidate.layer.node
-    return len(node.inputs) > 1 and len(node.inputs[1].shape or ()) > 1
 
 
 def _blocks(candidate: Candidate) -> int:

@@ -275,10 +275,14 @@ def inspect(
     """List the layers of MODEL: shapes, which can be pruned, why not, and what pruning could win."""
     chosen = _config(config, sparsity, block_size)
 
+    from tetris_onnx.machine import load_machine
+    from tetris_onnx.planner import OPEN_SIZES
     from tetris_onnx.planner import inspect as run_inspect
-    from tetris_onnx.report import count, layer_table, percent
+    from tetris_onnx.report import count, layer_table, percent, total_ms
 
+    machine = load_machine().name
     layers = run_inspect(model, chosen)
+    times = total_ms(layers)
     unused = chosen.unused_patterns(row.node for row in layers)
     before, after = _predict(layers, chosen)
     prunable = sum(row.status == "prunable" for row in layers)
@@ -290,7 +294,9 @@ def inspect(
             "layers": [asdict(row) for row in layers],
             "macs": before,
             "predicted_macs": after,
-            "predicted_speedup": before / after if before and after else None,
+            "predicted_ms": times,
+            "predicted_speedup": times[0] / times[1] if times else None,
+            "machine": machine,
             "unused_patterns": unused,
         }
         print_json(value)
@@ -304,6 +310,14 @@ def inspect(
             f"{before / after:.2f}x faster, as far as they are what the model spends its time on",
             highlight=False,
         )
+    if times:
+        console.print(
+            f"predicted {times[0]:.3g} ms -> {times[1]:.3g} ms in these layers: {times[0] / times[1]:.2f}x "
+            f"({machine}, one thread)",
+            highlight=False,
+        )
+        if any(row.predicted_ms and row.macs is None for row in layers):
+            console.print(f"note: {OPEN_SIZES}", style="yellow", markup=False, highlight=False)
     for pattern in unused:
         console.print(f"note: no layer matches {pattern!r}", style="yellow", markup=False, highlight=False)
 
@@ -405,11 +419,16 @@ def bench(
 
 
 @app.command()
-def doctor(json: Json = False) -> None:
+def doctor(
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time some layers, to predict times better; kept in the cache folder.")
+    ] = False,
+    json: Json = False,
+) -> None:
     """Check versions, providers, the op library, instruction sets and GPU."""
     from tetris_onnx.doctor import diagnose, print_diagnosis
 
-    diagnosis = diagnose()
+    diagnosis = diagnose(measure)
     if json:
         print_json(diagnosis.to_dict())
     else:

@@ -3,8 +3,7 @@
     predict(shape, density, block_size, machine, threads)  -> seconds of the block-sparse layer; density may be an array
     predict_dense(shape, machine, threads)                 -> seconds of onnxruntime's layer, in its own network
 
-``machine`` comes from `tetris_onnx.machine.load_machine()`, ``shape`` of a model's layer from
-`tetris_onnx.planner.layer_shape`.
+``machine`` comes from `tetris_onnx.machine.load_machine()`; both are in a `tetris_onnx.planner.Candidate`.
 
 Both are sums of work times what a unit of it takes, t = sum_i c_i w_i with c_i >= 0. The work w is counted from the
 shape: a call, multiplications by kind of kernel (as the kernels do them: filled up to whole vectors and row groups),

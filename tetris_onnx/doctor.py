@@ -22,12 +22,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from tetris_onnx import runtime
-from tetris_onnx.bench import cpu_name
+from tetris_onnx.graph.io import ModelError
 from tetris_onnx.graph.layers import DOMAIN, GEMM
+from tetris_onnx.machine import cache_path, load_machine, measured, save_machine
+from tetris_onnx.processor import ISA_VARIABLE, cpu_flags, cpu_name
 from tetris_onnx.runtime import import_onnxruntime
-from tetris_onnx.session import open_session, run
+from tetris_onnx.session import SessionError, open_session, run
 
-ISA_VARIABLE = "TETRIS_ONNX_ISA"
 _MIN_ONNXRUNTIME = (1, 18)
 _PACKAGES = ("tetris-onnx", "numpy", "scipy", "onnx", "onnx-graphsurgeon")
 # The instruction sets that kernels exist for or may come to exist for, as /proc/cpuinfo and sysctl call them.
@@ -71,9 +72,14 @@ class Diagnosis:
         return {"usable": self.usable, "checks": [asdict(check) for check in self.checks]}
 
 
-def diagnose() -> Diagnosis:
-    """Look at packages, onnxruntime, the op library, the processor and the GPU. Raises nothing."""
-    return Diagnosis((*_packages(), *_onnxruntime(), *_library(), *_processor(), *_gpu()))
+def diagnose(measure: bool = False) -> Diagnosis:
+    """Look at packages, onnxruntime, the op library, the processor and the GPU. Raises nothing.
+
+    ``measure``: also time layers on this machine, some seconds, and keep what predictions are made with.
+    """
+    checks = (*_packages(), *_onnxruntime(), *_library(), *_processor(), *_gpu())
+    model = _measured() if measure and all(check.ok is not False for check in checks) else _cost_model()
+    return Diagnosis((*checks, model))
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
@@ -146,11 +152,33 @@ def _library() -> Iterable[Check]:
 
 def _processor() -> Iterable[Check]:
     yield Check("processor", f"{cpu_name()}, {os.cpu_count()} cores, {platform.machine()}")
-    flags = _cpu_flags()
+    flags = cpu_flags()
     yield Check("instruction sets", " ".join(name for name in _INSTRUCTION_SETS if name in flags) or "none known")
     forced = os.environ.get(ISA_VARIABLE)
     if forced:
         yield Check(ISA_VARIABLE, forced, None, f"the kernels are forced to {forced}; unset it for full speed")
+
+
+def _cost_model() -> Check:
+    machine = load_machine()
+    if measured(machine):
+        return Check("cost model", f"{machine.name} ({cache_path()})")
+    return Check(
+        "cost model", f"built in for {machine.name}", None, "tetris-onnx doctor --measure fits it to this machine"
+    )
+
+
+def _measured() -> Check:
+    from tetris_onnx.measure import measure_machine
+
+    try:
+        found = measure_machine()
+        path = save_machine(found.machine)
+    except (ModelError, SessionError) as error:
+        return Check("cost model", f"cannot be measured: {_one_line(error)}", None, "the built-in one is used")
+    return Check(
+        "cost model", f"{found.machine.name}: {found.layers} timings, off by {found.error:.1%} (median), kept in {path}"
+    )
 
 
 def _gpu() -> Iterable[Check]:
@@ -221,23 +249,6 @@ def _run_one_node() -> float:
     weight = np.zeros((4, 4), np.float32)
     weight[np.ix_(output_perm, input_perm)] = reordered
     return float(np.abs(y - np.maximum(x @ weight.T + bias, 0)).max())
-
-
-def _cpu_flags() -> set[str]:
-    """What the processor can do, in Linux's words where the system is another one."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        return {flag for line in text.splitlines() if line.startswith(("flags", "Features")) for flag in line.split()}
-    except OSError:
-        pass
-    if sys.platform == "darwin" and platform.machine() == "arm64":
-        return {"asimd", "asimdhp"}  # every Apple processor
-    try:
-        text = subprocess.run(["sysctl", "-a"], capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return set()
-    listed = (line for line in text.splitlines() if "cpu.features" in line or "leaf7_features" in line)
-    return {"avx" if flag == "avx1.0" else flag for line in listed for flag in line.lower().split()}
 
 
 def _version(package: str) -> str | None:

@@ -21,6 +21,7 @@ from tetris_onnx.graph.channels import gather_permutation
 from tetris_onnx.graph.layers import CONV_ADD, CONV_MAX_POOL
 from tetris_onnx.graph.outputs import before_squashing
 from tetris_onnx.graph.widen import rounding, widen
+from tetris_onnx.machine import load_machine
 from tetris_onnx.passes import (
     NewWeights,
     Pass,
@@ -39,7 +40,16 @@ from tetris_onnx.passes import (
     set_weights,
 )
 from tetris_onnx.plan import Plan
-from tetris_onnx.planner import Candidate, Progress, make_plan, match_plan, prepare, survey
+from tetris_onnx.planner import (
+    OPEN_SIZES,
+    Candidate,
+    Progress,
+    dense_where_slower,
+    make_plan,
+    match_plan,
+    prepare,
+    survey,
+)
 from tetris_onnx.report import Report
 
 # Samples of the verification: few are enough, the check is of every value that the models give.
@@ -136,6 +146,7 @@ def optimize(
         max_error=error,
         seconds=clock.seconds,
         importance=config.importance if config.importance != "auto" else "l1" if calibration is None else "hessian",
+        machine=load_machine().name,
         notes=_notes(config, plan, rows),
     )
     return Result(result, plan, report)
@@ -158,6 +169,8 @@ def _allocate(
         else measure(candidates, model, config, samples, progress)
     )
     chosen = spread(candidates, found, config)
+    if config.target == "cpu":
+        chosen = [dense_where_slower(candidate, candidate.density) for candidate in chosen]
     predicted = predicted_loss(chosen, found)
     return chosen, {s.layer: (s.half, predicted[s.layer]) for s in found}
 
@@ -271,6 +284,8 @@ def _notes(config: Config, plan: Plan, rows: list) -> tuple[str, ...]:
             f"{len(unused)} of {len(config.layers)} patterns match no layer: {listing} "
             "(tetris-onnx inspect lists the names)"
         )
+    if any(row.predicted_ms and row.macs is None for row in rows):
+        notes.append(OPEN_SIZES)
     if not len(plan):
         notes.append("no layer was pruned: the result computes what the original does")
     return tuple(notes)

@@ -21,9 +21,11 @@ from tetris_onnx.algorithms.blocks import block_grid, block_sums, fit_block_size
 from tetris_onnx.algorithms.importance import importance
 from tetris_onnx.algorithms.reorder import BlockPruner, Reordering, reorder
 from tetris_onnx.config import Config, LayerConfig
-from tetris_onnx.cost import LayerShape
+from tetris_onnx.cost import CACHED_WEIGHTS, LayerShape, Machine, predict, predict_dense
 from tetris_onnx.graph import io
 from tetris_onnx.graph.layers import Layer, conv_window, find_layers
+from tetris_onnx.graph.shapes import EXAMPLE_SIZES, example_shapes
+from tetris_onnx.machine import load_machine
 from tetris_onnx.passes import Pass, fuse_batchnorm, normalize_layers, run_passes
 from tetris_onnx.plan import LayerPlan, Plan, PlanError
 from tetris_onnx.report import LayerReport
@@ -31,10 +33,9 @@ from tetris_onnx.report import LayerReport
 # Called with (stage, steps done, all steps) while something takes its time.
 Progress: TypeAlias = Callable[[str, int, int], None]
 
-# Blocks narrower than this cannot fill a vector register: such layers stay dense unless a rule asks for them.
-_SMALLEST_BLOCK = 8
-# A layer with fewer multiplications runs for less time than its call takes.
-_FEWEST_MULTIPLICATIONS = 2**15
+# A layer becomes block-sparse where it is predicted to take at most this share of its dense time.
+_WORTH_IT = 0.95
+OPEN_SIZES = f"times are predicted for a size of {EXAMPLE_SIZES[0]} where the model leaves it open"
 # Below this many weights in all, starting worker processes costs more than they save.
 _WORTH_PROCESSES = 2**21
 
@@ -49,15 +50,32 @@ class Candidate:
     first: bool  # reads an input of the model with no other layer between
     last: bool  # its result reaches an output of the model with no other layer between
     why_dense: str
+    shape: LayerShape | None  # what the layer's time depends on; None where that is not known
+    machine: Machine  # that the times are predicted for
+
+    @property
+    def density(self) -> float:
+        """Share of the blocks that its options keep."""
+        grid = block_grid(self.layer.weight_shape[:2], self.block_size)
+        return keep_count(grid[0] * grid[1], self.options.sparsity) / (grid[0] * grid[1])
+
+    def predict(self, density: float, block_size: tuple[int, int] | None = None) -> tuple[float, float] | None:
+        """Milliseconds of one run (dense, block-sparse) on one thread, or None where they cannot be predicted."""
+        if self.shape is None:
+            return None
+        sparse = float(predict(self.shape, density, block_size or self.block_size, self.machine))
+        return 1e3 * predict_dense(self.shape, self.machine), 1e3 * sparse
 
 
-def inspect(model: str | Path | onnx.ModelProto, config: Config | None = None) -> list[LayerReport]:
-    """One row per layer of a model: its shape, and whether it would be pruned or why not.
+def inspect(
+    model: str | Path | onnx.ModelProto, config: Config | None = None, machine: Machine | None = None
+) -> list[LayerReport]:
+    """One row per layer of a model: its shape, whether it would be pruned or why not, and its time on ``machine``.
 
     Raises `ModelError` for a file that is no model.
     """
     proto = io.raise_opset(io.load(model) if isinstance(model, (str, Path)) else model)
-    return [describe(c, None, None) for c in survey(prepare(io.to_graph(proto)), config or Config())]
+    return [describe(c, None, None) for c in survey(prepare(io.to_graph(proto)), config or Config(), machine)]
 
 
 def prepare(graph: gs.Graph) -> gs.Graph:
@@ -65,8 +83,11 @@ def prepare(graph: gs.Graph) -> gs.Graph:
     return run_passes(graph, [Pass("normalize_layers", normalize_layers), Pass("fuse_batchnorm", fuse_batchnorm)])
 
 
-def survey(graph: gs.Graph, config: Config) -> list[Candidate]:
-    """Every layer of a prepared graph, with what the options make of it."""
+def survey(graph: gs.Graph, config: Config, machine: Machine | None = None) -> list[Candidate]:
+    """Every layer of a prepared graph, with what the options make of it.
+
+    Times are predicted for ``machine``: this one, if none is given.
+    """
     layers = find_layers(graph)
     weighted = {
         id(layer.node)
@@ -75,7 +96,17 @@ def survey(graph: gs.Graph, config: Config) -> list[Candidate]:
     }
     from_input = _reachable(graph, graph.inputs, weighted, downwards=True)
     to_output = _reachable(graph, graph.outputs, weighted, downwards=False)
-    return [_judge(layer, config, id(layer.node) in from_input, id(layer.node) in to_output) for layer in layers]
+    machine = machine or load_machine()
+    shapes = layer_shapes(graph, layers)
+    candidates = (
+        _judge(layer, config, id(layer.node) in from_input, id(layer.node) in to_output, shape, machine)
+        for layer, shape in zip(layers, shapes, strict=True)
+    )
+    if config.target != "cpu":
+        return list(candidates)
+    # An allocation has yet to give its layers their sparsities: what counts is the least that they could keep.
+    free = config.allocation != "uniform"
+    return [dense_where_slower(c, 0.0 if free and not c.options.own_sparsity else c.density) for c in candidates]
 
 
 def make_plan(
@@ -150,7 +181,9 @@ def match_plan(graph: gs.Graph, plan: Plan, config: Config) -> list[LayerReport]
     return rows
 
 
-def _judge(layer: Layer, config: Config, first: bool, last: bool) -> Candidate:
+def _judge(
+    layer: Layer, config: Config, first: bool, last: bool, work: LayerShape | None, machine: Machine
+) -> Candidate:
     options = config.for_layer(str(layer.node.name or layer.name))
     reason = layer.why_dense
     block = options.block_size
@@ -158,7 +191,6 @@ def _judge(layer: Layer, config: Config, first: bool, last: bool) -> Candidate:
         shape = layer.weight_shape[:2]
         rows, columns = fit_block_size(shape, options.block_size)
         block = rows, columns
-        work = layer.multiplications
         grid = block_grid(shape, block)
         uniform = config.allocation == "uniform" or options.own_sparsity
         if options.skip:
@@ -173,28 +205,60 @@ def _judge(layer: Layer, config: Config, first: bool, last: bool) -> Candidate:
                 reason = f"it is the first layer and has only {shape[1]} x {shape[0]} channels"
             elif small and last:
                 reason = f"it is the last layer and has only {shape[1]} x {shape[0]} channels"
-            elif min(block) < min(_SMALLEST_BLOCK, *options.block_size):
-                reason = f"its {shape[1]} x {shape[0]} channels leave blocks of {rows}x{columns}, too small to be fast"
-            elif work is not None and work < _FEWEST_MULTIPLICATIONS:
-                reason = f"with {work} multiplications it is too small to gain"
         if not reason and not np.isfinite(layer.weight).all():
             reason = "its weight holds NaN or infinite values"
-    return Candidate(layer, options, block, first, last, reason)
+    return Candidate(layer, options, block, first, last, reason, work, machine)
 
 
-def layer_shape(layer: Layer, samples: int = 1) -> LayerShape | None:
-    """What the time of a layer depends on, for a batch of ``samples``; None where its sizes are not known."""
-    output, data = layer.output.shape, layer.data.shape
-    if output is None or data is None or not all(isinstance(d, int) for d in (*output[1:], *data[1:])):
+def dense_where_slower(candidate: Candidate, density: float) -> Candidate:
+    """The candidate, to stay dense where its block-sparse form of this ``density`` is not predicted to be faster.
+
+    A layer that a rule of the config names is left alone: the user asks for it.
+    """
+    predicted = None if candidate.why_dense or candidate.options.explicit else candidate.predict(density)
+    if predicted is None or predicted[1] <= _WORTH_IT * predicted[0]:
+        return candidate
+    dense, sparse = predicted
+    return replace(candidate, why_dense=f"predicted {sparse:.2g} ms block-sparse against {dense:.2g} ms dense")
+
+
+def layer_shapes(graph: gs.Graph, layers: Sequence[Layer]) -> list[LayerShape | None]:
+    """What the time of each layer depends on; None where its sizes are not known.
+
+    A size that the model leaves open is taken as one of `shapes.EXAMPLE_SIZES`, an open batch as 1.
+    """
+    weights = [layer.weight_shape for layer in layers if _has_weight(layer)]
+    cold = sum(math.prod(shape) for shape in weights) > CACHED_WEIGHTS
+    found = [_layer_shape(layer, layer.data.shape, layer.output.shape, cold) for layer in layers]
+    if any(shape is None and not layer.why_dense for layer, shape in zip(layers, found, strict=True)):
+        sizes = example_shapes(gs.export_onnx(graph))
+        for i, layer in enumerate(layers):
+            found[i] = found[i] or _layer_shape(layer, sizes.get(layer.data.name), sizes.get(layer.output.name), cold)
+    return found
+
+
+def _layer_shape(
+    layer: Layer, data: Sequence[object] | None, output: Sequence[object] | None, cold: bool
+) -> LayerShape | None:
+    """`layer_shapes` of one layer with an input of shape ``data`` and an output of shape ``output``."""
+    if layer.why_dense or data is None or output is None:
         return None
+    sizes = [[d for d in shape[1:] if isinstance(d, int)] for shape in (data, output)]
+    if [len(s) for s in sizes] != [len(data) - 1, len(output) - 1] or min(*sizes[0], *sizes[1]) < 1:
+        return None
+    samples = output[0] if isinstance(output[0], int) and output[0] > 0 else 1
     out, in_ = layer.weight_shape[:2]
     if not layer.is_conv:
-        return LayerShape(out, in_, samples=samples * math.prod(output[1:-1]))
+        return LayerShape(out, in_, samples=samples * math.prod(sizes[1][:-1]), cold=cold)
     window = conv_window(layer.node)
-    if window is None:
-        return None
+    assert window is not None  # such a layer stays dense
     kernel, strides, dilations = (tuple(window[name]) for name in ("kernel_shape", "strides", "dilations"))
-    return LayerShape(out, in_, kernel, strides, dilations, tuple(data[2:]), tuple(output[2:]), samples)
+    return LayerShape(out, in_, kernel, strides, dilations, tuple(sizes[0][1:]), tuple(sizes[1][1:]), samples, cold)
+
+
+def _has_weight(layer: Layer) -> bool:
+    inputs = layer.node.inputs
+    return layer.block_sparse or (len(inputs) > 1 and isinstance(inputs[1], gs.Constant) and len(inputs[1].shape) > 1)
 
 
 def free_axes(candidate: Candidate, config: Config) -> tuple[int, ...]:
@@ -238,15 +302,18 @@ def _numbered(index: int, task: tuple) -> tuple[int, Reordering]:
 def describe(candidate: Candidate, plan: LayerPlan | None, shares: tuple[float, float] | None) -> LayerReport:
     """The row of one layer. ``shares``: of the importance retained with and without reordering."""
     layer = candidate.layer
-    known = (
-        len(layer.node.inputs) > 1
-        and isinstance(layer.node.inputs[1], gs.Constant)
-        and len(layer.node.inputs[1].shape) > 1
-    )
+    known = _has_weight(layer) and not layer.block_sparse
     shape = layer.weight_shape if known else ()
     parameters = int(np.prod(shape, dtype=np.int64)) if known else 0
     density = 1.0 if plan is None else plan.density
     prunable = plan is None and not candidate.why_dense
+    if prunable:
+        predicted = candidate.predict(candidate.density)
+    elif plan is not None:
+        predicted = candidate.predict(density, plan.block_size)
+    else:
+        predicted = candidate.predict(1.0)
+        predicted = predicted and (predicted[0], predicted[0])
     return LayerReport(
         layer=layer.name,
         node=str(layer.node.name or layer.name),
@@ -261,6 +328,7 @@ def describe(candidate: Candidate, plan: LayerPlan | None, shares: tuple[float, 
         macs=layer.multiplications if known else None,
         status="prunable" if prunable else "dense" if plan is None else "block-sparse",
         reason=candidate.why_dense,
+        predicted_ms=predicted,
     )
 
 

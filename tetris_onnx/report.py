@@ -45,6 +45,9 @@ class LayerReport:
     # Predicted loss of the network's outputs if only this layer is pruned: to half of its blocks; as it is here.
     sensitivity: float | None = None
     predicted_loss: float | None = None
+    # Milliseconds of a run on one thread (dense, as it is now); a layer that stays dense has the same twice.
+    predicted_ms: tuple[float, float] | None = None  # None = shape unknown
+    measured_ms: tuple[float, float] | None = None
 
     @property
     def kept_macs(self) -> int | None:
@@ -65,6 +68,7 @@ class Report:
     max_error: float  # block-sparse against dense with the same blocks zeroed, relative to max|y|
     seconds: dict[str, float]  # by stage
     importance: str
+    machine: str = ""  # whose times are predicted
     notes: tuple[str, ...] = ()
     fused: tuple[int, int] = (0, 0)  # residual Adds and MaxPools that went into the convolutions before them
     labeled: int | None = None  # samples behind accuracy
@@ -111,6 +115,12 @@ def total_macs(layers: Sequence[LayerReport]) -> tuple[int, int] | None:
     return before, after
 
 
+def total_ms(layers: Sequence[LayerReport]) -> tuple[float, float] | None:
+    """Predicted milliseconds (dense, as they are now) of all ``layers`` whose time can be predicted; None for none."""
+    known = [layer.predicted_ms for layer in layers if layer.predicted_ms is not None]
+    return (sum(dense for dense, _ in known), sum(now for _, now in known)) if known else None
+
+
 def summary(report: Report) -> list[tuple[str, str]]:
     """The totals as (label, text), in reading order."""
     pruned = sum(layer.status == "block-sparse" for layer in report.layers)
@@ -124,6 +134,10 @@ def summary(report: Report) -> list[tuple[str, str]]:
         lines.append(
             ("multiplications", f"{count(macs[0])} -> {count(macs[1])} ({percent(macs[1] / max(macs[0], 1))})")
         )
+    predicted = total_ms(report.layers)
+    if predicted and predicted[1] < predicted[0]:
+        text = f"{_ms(predicted)} ms in these layers: {predicted[0] / predicted[1]:.2f}x"
+        lines.append(("predicted", f"{text} ({report.machine}, one thread)"))
     ratio = report.bytes_after / max(report.bytes_before, 1)
     lines += [
         ("file", f"{file_size(report.bytes_before)} -> {file_size(report.bytes_after)} ({percent(ratio)})"),
@@ -151,15 +165,18 @@ def summary(report: Report) -> list[tuple[str, str]]:
 def layer_table(layers: Sequence[LayerReport]) -> Table:
     """The layers as a table for a terminal, where 80 columns have to do: "retained" is without -> with reordering.
 
-    "sensitivity" is the predicted loss of the outputs with half of the layer's blocks.
+    "sensitivity" is the predicted loss of the outputs with half of the layer's blocks. Times are milliseconds dense ->
+    as it is now, measured where they have been.
     """
     planned = any(row.status == "block-sparse" for row in layers)
     allocated = any(row.sensitivity is not None for row in layers)
+    measured = any(row.measured_ms for row in layers)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), collapse_padding=True)
     table.add_column("layer", overflow="fold")
     columns = ["weight", "block", *(["density", "retained"] if planned else ["MACs"]), *["sensitivity"] * allocated]
     for header in columns:
         table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("measured ms" if measured else "predicted ms", justify="right")
     table.add_column("status", min_width=len("block-sparse"))
     for row in layers:
         cells = [row.node, _dims(row.weight_shape), _dims(row.block_size or ())]
@@ -172,6 +189,7 @@ def layer_table(layers: Sequence[LayerReport]) -> Table:
             cells.append("?" if row.macs is None else count(row.macs))
         if allocated:
             cells.append("" if row.sensitivity is None else f"{row.sensitivity:.2g}")
+        cells.append(_ms(row.measured_ms if measured else row.predicted_ms))
         table.add_row(*map(escape_markup, (*cells, _status(row))), style="dim" if row.status == "dense" else "")
     return table
 
@@ -264,17 +282,8 @@ def write_report(report: Report, path: str | Path) -> None:
 
 
 _HEADERS = (
-    "layer",
-    "op",
-    "weight",
-    "block",
-    "density",
-    "retained",
-    "not reordered",
-    "multiplications",
-    "loss at half",
-    "loss",
-    "status",
+    *("layer", "op", "weight", "block", "density", "retained", "not reordered", "multiplications"),
+    *("loss at half", "loss", "predicted ms", "measured ms", "status"),
 )
 _RENDERERS: dict[str, Callable[[Report], str]] = {".json": to_json, ".md": to_markdown, ".html": to_html}
 
@@ -291,8 +300,18 @@ def _cells(row: LayerReport) -> tuple[str, ...]:
         "?" if row.macs is None else count(row.macs),
         "" if row.sensitivity is None else f"{row.sensitivity:.2g}",
         "" if row.predicted_loss is None else f"{row.predicted_loss:.2g}",
+        _ms(row.predicted_ms),
+        _ms(row.measured_ms),
         _status(row),
     )
+
+
+def _ms(times: tuple[float, float] | None) -> str:
+    """``"1.2 -> 0.6"``, or one number where nothing changes."""
+    if times is None:
+        return ""
+    before, after = (f"{ms:.3g}" for ms in times)
+    return before if times[0] == times[1] else f"{before} -> {after}"
 
 
 def _status(row: LayerReport) -> str:

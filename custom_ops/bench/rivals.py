@@ -38,8 +38,9 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from tetris_onnx.bench import cpu_name, interleave
+from tetris_onnx.bench import interleave
 from tetris_onnx.calibration import session_inputs
+from tetris_onnx.processor import cpu_name
 from tetris_onnx.runtime import InferenceSession
 
 Array = NDArray[np.float32]

@@ -26,6 +26,8 @@ _PROBES = ((2, 192), (3, 256))
 # A small odd size tells a clamp (min(size, 100)) or a remainder from a static dimension. Not every model takes it: what
 # does not come out for it counts as before.
 _ODD_PROBE = (5, 61)
+# What `example_shapes` takes for an open size: most vision models are used at 224; the others for those that cannot be.
+EXAMPLE_SIZES = (224, 48, 32)
 # Shape arithmetic works on vectors of a few numbers: larger values are weights and are not worth computing.
 _MAX_VALUES = 1024
 # Operators that exporters build shapes with.
@@ -63,6 +65,16 @@ def infer_shapes(model: onnx.ModelProto) -> dict[str, tuple[np.dtype, Shape]]:
                 dims = [d.dim_param or s if isinstance(s, str) else s for d, s in zip(declared, dims, strict=True)]
         shapes[name] = dtype, tuple(dims)
     return shapes
+
+
+def example_shapes(model: onnx.ModelProto, batch: int = 1) -> dict[str, tuple[int | None, ...]]:
+    """The shape of every value for an input of a usual size, where the model leaves its sizes open: `EXAMPLE_SIZES`.
+
+    Empty where the model takes none of them.
+    """
+    skeleton = _without_weights(model)
+    runs = (_infer_concrete(skeleton, batch, size) for size in EXAMPLE_SIZES)
+    return {name: shape for name, (_, shape) in next((run for run in runs if run), {}).items()}
 
 
 def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
