@@ -1,5 +1,6 @@
-"""Measuring a machine: the networks run on this one, and the coefficients come out of the times. Nothing here asserts a
-time that was measured.
+"""Measuring a machine: the networks run on this one, and the coefficients come out of the times.
+
+Nothing here asserts a time that was measured.
 """
 
 from __future__ import annotations
