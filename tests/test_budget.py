@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -12,8 +15,15 @@ from tetris_onnx.config import Config, LayerRule
 from tetris_onnx.cost import predict, predict_dense
 from tetris_onnx.graph import io
 from tetris_onnx.machine import load_machine
-from tetris_onnx.planner import Candidate, layer_shape, prepare, survey
+from tetris_onnx.planner import Candidate, prepare, survey
 from tetris_onnx.sensitivity import Sensitivity, is_free
+
+
+@pytest.fixture(autouse=True)
+def built_in_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Predictions of a machine on which a layer gains in proportion to what is dropped of it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TETRIS_ONNX_ISA", "avx512")
 
 
 def network(size: int | str = 16) -> Net:
@@ -103,7 +113,7 @@ def test_an_impossible_sparsity_says_what_is_possible() -> None:
 def seconds(listing: list[Candidate]) -> float:
     machine, total = load_machine(), 0.0
     for candidate in listing:
-        shape = layer_shape(candidate.layer)
+        shape = candidate.shape
         assert shape is not None
         if candidate.why_dense:
             total += predict_dense(shape, machine)
@@ -116,7 +126,7 @@ def seconds(listing: list[Candidate]) -> float:
 def test_the_predicted_time_of_the_whole_network_is_what_was_asked_for(speedup: float) -> None:
     options = config(allocation="latency", speedup=speedup)
     before = candidates(options)
-    dense = sum(predict_dense(shape, load_machine()) for c in before if (shape := layer_shape(c.layer)))
+    dense = sum(predict_dense(shape, load_machine()) for c in before if (shape := c.shape))
     after = spread(before, sensitivities(before), options)
     assert dense / seconds(after) >= speedup * (1 - 1e-9)
     assert dense / seconds(after) < speedup * 1.05  # a block of 8 x 8 is a hundredth of a layer
@@ -129,11 +139,13 @@ def test_an_impossible_speedup_says_what_is_possible() -> None:
         spread(listing, sensitivities(listing), options)
 
 
-def test_open_sizes_are_counted_in_weights_and_cannot_be_timed() -> None:
+def test_open_sizes_are_counted_in_weights_and_timed_for_a_usual_size() -> None:
     net = network("size")
     listing = candidates(config(), net)
     assert network_budget(listing, config()).unit == "weights"
     assert network_budget(candidates(config()), config()).unit == "multiplications"
     options = config(allocation="latency", speedup=1.5)
+    timed = candidates(options, net)
+    assert network_budget(timed, options).unit == "predicted time"
     with pytest.raises(BudgetError, match="the time of layer 'conv2' is not known"):
-        network_budget(candidates(options, net), options)
+        network_budget([replace(candidate, shape=None) for candidate in timed], options)

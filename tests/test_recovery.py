@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from tetris_onnx import Config, optimize
+from tetris_onnx import Config, optimize, planner
 from tetris_onnx.activations import Activations, Seen
 from tetris_onnx.calibration import CalibrationError
 from tetris_onnx.config import ConfigError, LayerRule
 from tetris_onnx.graph import io
 from tetris_onnx.graph.layers import find_layers
+from tetris_onnx.machine import load_machine
 from tetris_onnx.optimize import masked_dense
 from tetris_onnx.planner import prepare, survey
 from tetris_onnx.recovery import Recovery, layer_samples, patches, recover
@@ -254,10 +256,13 @@ def test_a_layer_before_an_add_makes_up_for_the_other_branch(monkeypatch: pytest
     assert errors[True]["t"] < 0.8 * errors[False]["t"], errors
 
 
-def test_layers_that_stay_dense_make_up_for_those_before_them() -> None:
+def test_layers_that_stay_dense_make_up_for_those_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = load_machine()
+    no_products = replace(machine, sparse={**machine.sparse, "product": 1e6})
+    monkeypatch.setattr(planner, "load_machine", lambda: no_products)
     model, unseen = two_branches(), inputs(64, seed=3)
     result, found = recovered(model, inputs(256, seed=1))
-    assert found.plan.get("y") is None and "y" in found.weights  # too small to prune
+    assert found.plan.get("y") is None and "y" in found.weights
     assert "s0" not in found.weights  # nothing comes before it
     without = masked_dense(model, found.plan, {name: w for name, w in found.weights.items() if name != "y"})
     after, before = (relative_errors(m, model, ["y"], unseen)["y"] for m in (result, without))
