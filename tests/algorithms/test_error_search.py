@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tetris_onnx.algorithms import error_search
 from tetris_onnx.algorithms.error_search import by_blocks, choose_blocks, eliminate_blocks, search, support
 from tetris_onnx.algorithms.permutation import identity, is_permutation
 from tetris_onnx.algorithms.refit import LayerSamples
@@ -90,6 +91,15 @@ def test_search_never_ends_above_its_start_and_drops_what_is_asked(seed: int) ->
     assert free.error < fixed.error, "random weights leave room for better permutations"
     np.testing.assert_array_equal(fixed.out_perm, start[0])
     np.testing.assert_array_equal(fixed.in_perm, start[1])
+
+
+def test_more_starts_only_lower_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = identity(OUT), identity(IN)
+    more = [search(layer(seed), start, BLOCK, 4).error for seed in range(4)]
+    monkeypatch.setattr(error_search, "_MOST_SHAKES", 0)
+    one = [search(layer(seed), start, BLOCK, 4).error for seed in range(4)]
+    assert all(a <= b * (1 + 1e-6) for a, b in zip(more, one, strict=True))
+    assert sum(more) < sum(one), "random weights have poor local optima"
 
 
 def test_search_does_not_depend_on_the_number_of_threads() -> None:

@@ -142,6 +142,24 @@ def test_the_damping_is_the_best_of_all_on_the_inputs_held_out() -> None:
     assert found == pytest.approx(best) or errors[min(errors, key=lambda d: abs(d - found))] < 1.01 * errors[best]
 
 
+def test_damping_that_shrinks_the_means_of_inputs_is_held_against_it() -> None:
+    inputs, each = 40, 4
+    weight = np.ones((1, FEATURES)) / FEATURES
+    chosen = []
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        level = np.repeat(rng.standard_normal((inputs, 1)), each, axis=0)  # what the inputs differ in
+        u = (level + rng.standard_normal((inputs * each, FEATURES))).astype(np.float32)
+        y = (u @ weight.T + 2 * rng.standard_normal((inputs * each, 1))).astype(np.float32)  # noise at every position
+        samples = LayerSamples(u, y, 0 * weight, inputs=inputs)  # damping pulls to zero
+        both = samples._best_damping(np.arange(1), np.arange(FEATURES))
+        means = samples._held_out_means
+        assert means[0].shape == (inputs // 4, FEATURES) and np.allclose(means[0].mean(axis=0), 0)
+        samples.__dict__["_held_out_means"] = tuple(0 * m for m in means)  # positions alone
+        chosen.append((both, samples._best_damping(np.arange(1), np.arange(FEATURES))))
+    assert np.mean([np.log(both / positions) for both, positions in chosen]) < -0.1, chosen
+
+
 @pytest.mark.parametrize("few", [False, True])
 def test_few_and_many_samples_choose_alike(few: bool) -> None:
     u, y, weight = problem(n=11 if few else 400, seed=2)

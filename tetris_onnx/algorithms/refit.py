@@ -100,6 +100,20 @@ class LayerSamples:
         return [_Moments.of(self.u[part], self.y[part]) for part in (~held, held)]
 
     @cached_property
+    def _held_out_means(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Means of the features and the outputs over the samples of each held-out input, less those of all of them."""
+        held = self._held_out
+        assert held is not None
+        source = (np.arange(len(self.u)) * self.inputs // len(self.u))[held]
+        starts = np.flatnonzero(np.diff(source, prepend=-1))
+        found = []
+        for array in (self.u[held], self.y[held]):
+            sums = np.add.reduceat(array, starts, axis=0, dtype=np.float64)
+            means = sums / np.diff(starts, append=len(source))[:, None]
+            found.append(means - means.mean(axis=0))
+        return found[0], found[1]
+
+    @cached_property
     def hessian(self) -> NDArray[np.float64]:
         """H [features, features]."""
         hessian = self._gram.astype(np.float64)
@@ -155,7 +169,7 @@ class LayerSamples:
         after the clip in every iteration (majorize and minimize).
 
         ``choose_damping``: take, for each set of rows with one support, the damping whose weights fit held-out samples
-        best. One in four inputs of the network is held out: samples of one input are alike.
+        and their means over an input best. One in four inputs of the network is held out: samples of one are alike.
         """
         supports: dict[bytes, list[int]] = {}
         for row, mask in enumerate(keep):
@@ -164,7 +178,7 @@ class LayerSamples:
         clipped = not (np.all(np.isneginf(bounds[0])) and np.all(np.isposinf(bounds[1])))
         chosen = choose_damping and self._held_out is not None
         if not self.few:
-            _ = self.hessian, self._products  # once, for all threads
+            _ = self.hessian, self._products, self._held_out_means if chosen else None  # once, for all threads
 
         def fit(rows: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
             s = np.flatnonzero(keep[rows[0]])
@@ -224,7 +238,11 @@ class LayerSamples:
         return solve_moments
 
     def _best_damping(self, rows: NDArray[np.int64], s: NDArray[np.int64]) -> float:
-        """The damping that fits the held-out samples best, for weights [rows, s]."""
+        """The damping that fits the held-out samples best, for weights [rows, s].
+
+        Half of what counts are the means over each input's samples. Damping shrinks the outputs, which lowers the error
+        of single positions but is the same everywhere: the layers behind, which add up many positions, would feel it.
+        """
         towards, held = self.weight[np.ix_(rows, s)], self._held_out
         assert held is not None
         if self.few:
@@ -238,12 +256,17 @@ class LayerSamples:
 
         else:
             (gram, products, _), (test_gram, test_products, power) = (m.centered(rows, s) for m in self._moments)
+            mean_u, mean_y = self._held_out_means
+            mean_u, mean_y = mean_u[:, s], mean_y[:, rows]
+            mean_power = float(np.sum(mean_y**2))
 
             def error(damping: float) -> float:
                 hessian = gram.copy()
                 hessian[np.diag_indices_from(hessian)] += damping
                 weight = linalg.cho_solve(cholesky(hessian), (products + damping * towards).T, check_finite=False).T
-                return float(power - 2 * np.sum(weight * test_products) + np.sum((weight @ test_gram) * weight))
+                single = power - 2 * np.sum(weight * test_products) + np.sum((weight @ test_gram) * weight)
+                mean = np.sum((mean_y - mean_u @ weight.T) ** 2)
+                return float(single / max(power, 1e-300) + mean / max(mean_power, 1e-300))
 
         # The error falls and then rises with the damping.
         best = _DAMPINGS.index(DAMPING)
