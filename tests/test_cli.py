@@ -176,7 +176,7 @@ def test_optimize_writes_model_plan_and_report(
     ((called, config, rest),) = calls
     assert called == model
     assert config == Config(0.25, (16, 64), importance="l2", reorder="greedy", gathers="keep", target="cuda", seed=5)
-    assert (rest["plan"], rest["calibration"], rest["dump_passes"]) == (None, None, tmp_path)
+    assert (rest["plan"], rest["calibration"], rest["dump_passes"], rest["measure"]) == (None, None, tmp_path, False)
     onnx.checker.check_model(onnx.load(out))
     assert Plan.load(plan).get("c1") is not None
     value = json.loads(report.read_text(encoding="utf-8"))
@@ -409,6 +409,15 @@ def test_help_imports_none_of_the_heavy_modules() -> None:
     script = script.format(heavy=("scipy", "ot", "torch"))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_measure_is_passed_on(model: Path, calls: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.onnx"
+    succeeds(["optimize", model, "-o", out, "--measure"], capsys)
+    assert calls[0][2]["measure"] is True
+    message = fails(["optimize", model, "-o", out, "--measure", "--target", "cuda"], capsys)
+    assert "--measure times on the processor, but the target is cuda" in message
+    assert len(calls) == 1
 
 
 def test_inspect_lists_layers_and_what_could_be_won(

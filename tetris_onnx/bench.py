@@ -98,7 +98,7 @@ def bench(
     seconds: float = SECONDS,
     per_layer: bool = False,
     seed: int = 0,
-    data: str | Path | None = None,
+    data: str | Path | Samples | None = None,
     shapes: Shapes | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> BenchResult:
@@ -214,14 +214,16 @@ def _feeds(
     names: Sequence[str],
     batch: int,
     seed: int,
-    data: str | Path | None,
+    data: str | Path | Samples | None,
     shapes: Shapes | None,
 ) -> list[Samples]:
     """What each session runs on: the same samples for all."""
     inputs = [session_inputs(session) for session in sessions]
     if {spec.name for spec in inputs[0]} != {spec.name for spec in inputs[-1]}:
         raise BenchError(f"{names[0]} and {names[-1]} have different inputs")
-    if data is not None:
+    if isinstance(data, dict):
+        samples = data
+    elif data is not None:
         samples = load_samples(data, inputs[0])
     else:
         samples = runnable_samples(lambda one: run(sessions[0], one, names[0]), inputs[0], batch, seed, shapes)

@@ -159,6 +159,9 @@ def optimize(
         typer.Option(help=".npz with inputs and labels: measure the accuracy before and after."),
     ] = None,
     bench: Annotated[bool, typer.Option(help="Time the model before and after (one thread).")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time each layer before and after; those that lose stay dense.")
+    ] = False,
     gathers: Annotated[
         str | None,
         typer.Option(metavar="|".join(GATHERS), help="What becomes of the channel reorderings.", show_default="absorb"),
@@ -218,6 +221,8 @@ def optimize(
         raise UsageError(
             f"importance {chosen.importance} is measured on samples: give --calibration FILE.npz, or use l1 or l2"
         )
+    if measure and chosen.target != "cpu":
+        raise UsageError(f"--measure times on the processor, but the target is {chosen.target}")
     _check_outputs(model, {"-o": output, "--save-plan": save_plan, "--report": report})
     if dump_passes is not None and dump_passes.exists() and not dump_passes.is_dir():
         raise UsageError(f"--dump-passes {dump_passes}: not a folder")
@@ -236,7 +241,13 @@ def optimize(
     _check_data(model, [path for path in (calibration, data) if path is not None])
     with show_progress() as progress:
         result = run_optimize(
-            model, chosen, plan=loaded_plan, calibration=calibration, progress=progress, dump_passes=dump_passes
+            model,
+            chosen,
+            plan=loaded_plan,
+            calibration=calibration,
+            progress=progress,
+            dump_passes=dump_passes,
+            measure=measure,
         )
         outcome = replace(result.report, model=str(model), output=str(output))
         if any(row.status == "block-sparse" for row in outcome.layers) and plan is None and calibration is None:

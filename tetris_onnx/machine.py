@@ -17,7 +17,8 @@ from typing import Any
 from tetris_onnx.cost import BUILT_IN, DENSE_WORK, SPARSE_WORK, Machine
 from tetris_onnx.processor import cpu_name, instruction_set
 
-_MEASURED = ", measured on this machine"
+# Ends the name of coefficients that were.
+MEASURED = ", measured on this machine"
 _MAX_BYTES = 2**20
 _WORK = (("dense", DENSE_WORK), ("sparse", SPARSE_WORK))
 
@@ -37,7 +38,7 @@ def built_in() -> Machine:
 
 def measured(machine: Machine) -> bool:
     """Whether the coefficients were measured on this machine."""
-    return machine.name.endswith(_MEASURED)
+    return machine.name.endswith(MEASURED)
 
 
 def save_machine(machine: Machine) -> Path:
@@ -46,8 +47,8 @@ def save_machine(machine: Machine) -> Path:
 
     path = cache_path()
     known = _read()
-    base = machine.name.removesuffix(_MEASURED)
-    known[machine_key()] = asdict(replace(machine, name=base + _MEASURED))
+    base = machine.name.removesuffix(MEASURED)
+    known[machine_key()] = asdict(replace(machine, name=base + MEASURED))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

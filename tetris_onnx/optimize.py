@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,12 +16,14 @@ import onnx_graphsurgeon as gs
 from tetris_onnx.calibration import CalibrationError, InputSpec, Samples, count, fixed_batch, load_samples, model_inputs
 from tetris_onnx.compare import compare
 from tetris_onnx.config import MEASURED_IMPORTANCES, Config, ConfigError
+from tetris_onnx.cost import Machine
 from tetris_onnx.graph import io
 from tetris_onnx.graph.channels import gather_permutation
+from tetris_onnx.graph.io import ModelError
 from tetris_onnx.graph.layers import CONV_ADD, CONV_MAX_POOL
 from tetris_onnx.graph.outputs import before_squashing
 from tetris_onnx.graph.widen import rounding, widen
-from tetris_onnx.machine import load_machine
+from tetris_onnx.machine import MEASURED, load_machine, measured, save_machine
 from tetris_onnx.passes import (
     NewWeights,
     Pass,
@@ -50,11 +52,14 @@ from tetris_onnx.planner import (
     prepare,
     survey,
 )
-from tetris_onnx.report import Report
+from tetris_onnx.report import LayerReport, Report
+from tetris_onnx.trial import Trial, try_out
 
 # Samples of the verification: few are enough, the check is of every value that the models give.
 _RANDOM_SAMPLES = 2
 _REAL_SAMPLES = 16
+# How often layers that measured slower than dense are made dense; each time the others are measured again.
+_MOST_CHANGES = 3
 # Errors of a float16 weight's rounding are random and shrink in the sums: half of one, in a network of three layers.
 _WEIGHT_ROUNDINGS = 8
 
@@ -79,12 +84,16 @@ def optimize(
     calibration: str | Path | None = None,
     progress: Progress | None = None,
     dump_passes: str | Path | None = None,
+    measure: bool = False,
 ) -> Result:
     """Reorder, prune and lower the layers of ``model``, and verify the result in onnxruntime.
 
     ``calibration``: an .npz of samples without labels, one array per model input. With it, layers are pruned by the
     error of their outputs and refitted to what they see, which brings back most of the accuracy. ``plan`` replaces the
     search. ``dump_passes``: a folder for the model after each pass. ``model`` is not changed.
+
+    ``measure``: time the result against the dense model on this machine, make layers that are slower than dense (beyond
+    noise) dense again, and report what was measured; the first time, also fit the cost model to the machine.
 
     The result is compared with the dense model that has the same weights and zero blocks, on random inputs and on some
     of the samples.
@@ -102,12 +111,13 @@ def optimize(
         source = io.raise_opset(original)
         graph = io.to_graph(source)
         before = {node.name for node in graph.nodes if gather_permutation(node) is not None}
+    machine = _fitted_machine(clock) if measure else load_machine()
     weights: dict[str, NewWeights] = {}
     samples: Samples | None = None
     with clock.stage("plan"):
         prepared = prepare(graph)
         proto = io.to_proto(prepared, source)
-        candidates = survey(prepared, config)
+        candidates = survey(prepared, config, machine)
         predictions: dict[str, tuple[float, float]] = {}
         if calibration is not None:
             samples = load_samples(calibration, model_inputs(proto))
@@ -126,15 +136,32 @@ def optimize(
             if row.layer in predictions:
                 sensitivity, loss = predictions[row.layer]
                 rows[i] = replace(row, sensitivity=sensitivity, predicted_loss=loss)
-    with clock.stage("rewrite"):
-        folder = None if dump_passes is None else Path(dump_passes)
-        graph = run_passes(graph, pipeline(plan, config.gathers, weights, config.target), folder, source)
-        gathers = sum(gather_permutation(node) is not None and node.name not in before for node in graph.nodes)
-        ops = [node.op for node in graph.nodes]
-        result = io.to_proto(graph, source)
-    with clock.stage("verify"):
-        some = None if samples is None else _first(samples, model_inputs(source))
-        error = verify(result, masked_dense(source, plan, weights), config.tolerance, some)
+    some = None if samples is None else _first(samples, model_inputs(source))
+
+    def build(plan: Plan, weights: Mapping[str, NewWeights], folder: Path | None) -> tuple[onnx.ModelProto, float]:
+        with clock.stage("rewrite"):
+            steps = pipeline(plan, config.gathers, weights, config.target)
+            result = io.to_proto(run_passes(graph, steps, folder, source), source)
+        with clock.stage("verify"):
+            error = verify(result, masked_dense(source, plan, weights), config.tolerance, some)
+        return result, error
+
+    result, error = build(plan, weights, None if dump_passes is None else Path(dump_passes))
+    trial = None
+    for changes in range(_MOST_CHANGES + 1) if measure else ():
+        with clock.stage("measure"):
+            trial = try_out(source, result, [row.layer for row in rows], some)
+        slower = {row.layer for row in rows if row.layer in trial.slower and not config.for_layer(row.node).explicit}
+        slower = slower if changes < _MOST_CHANGES else set()
+        rows = [_with_measured(row, trial, row.layer in slower) for row in rows]
+        if not slower:
+            break
+        plan = Plan(tuple(p for p in plan if p.layer not in slower))
+        weights = {name: new for name, new in weights.items() if name not in slower}
+        result, error = build(plan, weights, None)
+    final = io.to_graph(result)
+    gathers = sum(gather_permutation(node) is not None and node.name not in before for node in final.nodes)
+    ops = [node.op for node in final.nodes]
     report = Report(
         model=str(model) if isinstance(model, (str, Path)) else original.graph.name,
         output="",
@@ -146,10 +173,64 @@ def optimize(
         max_error=error,
         seconds=clock.seconds,
         importance=config.importance if config.importance != "auto" else "l1" if calibration is None else "hessian",
-        machine=load_machine().name,
+        machine=machine.name,
         notes=_notes(config, plan, rows),
     )
+    if trial is not None:
+        report = _with_times(report, trial)
     return Result(result, plan, report)
+
+
+def _fitted_machine(clock: _Clock) -> Machine:
+    """The coefficients measured on this machine: now, if they have not been before."""
+    machine = load_machine()
+    if measured(machine):
+        return machine
+    from tetris_onnx.measure import measure_machine
+
+    with clock.stage("fit cost model"):
+        machine = measure_machine().machine
+        with suppress(ModelError):  # it will be measured again the next time
+            save_machine(machine)
+    return replace(machine, name=f"{machine.name}{MEASURED}")
+
+
+def _with_measured(row: LayerReport, trial: Trial, slower: bool) -> LayerReport:
+    """The row of a layer with what was measured; that of a dense layer, where it is ``slower`` block-sparse."""
+    times = trial.layers.get(row.layer)
+    if not slower or times is None:
+        return replace(row, measured_ms=times)
+    dense, sparse = times
+    return replace(
+        row,
+        block_size=None,
+        density=1.0,
+        retained=None,
+        baseline=None,
+        kept_parameters=row.parameters,
+        status="dense",
+        reason=f"measured {sparse:.2g} ms block-sparse against {dense:.2g} ms dense",
+        output_error=None,
+        predicted_loss=None,
+        predicted_ms=row.predicted_ms and (row.predicted_ms[0], row.predicted_ms[0]),
+        measured_ms=times,
+    )
+
+
+def _with_times(report: Report, trial: Trial) -> Report:
+    """The report with the times of the whole network, and what they say."""
+    first, second = (timing.median_ms for timing in trial.network.timings)
+    ratio, interval = trial.network.speedup, trial.network.interval
+    assert ratio is not None
+    assert interval is not None
+    notes = list(report.notes)
+    if interval[1] < 1:
+        notes.append("the whole network measured slower than the dense one: leave it dense, or prune more")
+    kept = [row.node for row in report.layers if row.layer in trial.slower and row.status == "block-sparse"]
+    if kept:
+        listing = ", ".join(repr(name) for name in kept[:3]) + (", ..." if len(kept) > 3 else "")
+        notes.append(f"block-sparse although measured slower than dense: {listing}")
+    return replace(report, milliseconds=(first, second), speedup=(ratio, *interval), notes=tuple(notes))
 
 
 def _allocate(
@@ -304,6 +385,6 @@ class _Clock:
             self._progress(name, 0, 1)
         start = time.perf_counter()
         yield
-        self.seconds[name] = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         if self._progress is not None:
             self._progress(name, 1, 1)

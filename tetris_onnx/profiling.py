@@ -124,7 +124,7 @@ def profile(
     models: Sequence[ModelSource], feeds: Sequence[Samples], names: Sequence[str], provider: str, threads: int
 ) -> tuple[LayerTiming, ...]:
     """The time of each layer of one or two models, each on its own feed, in turns. Raises `SessionError`."""
-    protos = [_named(model) for model in models]
+    protos = [named(model) for model in models]
     with tempfile.TemporaryDirectory(prefix="tetris-onnx-") as folder:
         sessions = [
             open_session(source, provider, threads, profile=Path(folder) / f"profile{i}")
@@ -196,7 +196,7 @@ def collect(events: Iterable[Mapping[str, Any]], model: onnx.ModelProto, counted
     return Profile(found)
 
 
-def _named(model: ModelSource) -> onnx.ModelProto:
+def named(model: ModelSource) -> onnx.ModelProto:
     """The model, every node with a name: a profile cannot tell nodes without one apart."""
     proto = model if isinstance(model, onnx.ModelProto) else onnx.load(model)
     if all(node.name for node in proto.graph.node):
