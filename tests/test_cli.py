@@ -160,6 +160,8 @@ def test_optimize_writes_model_plan_and_report(
     options += [
         "--target",
         "cuda",
+        "--precision",
+        "bf16",
         "--importance",
         "l2",
         "--seed",
@@ -175,7 +177,9 @@ def test_optimize_writes_model_plan_and_report(
 
     ((called, config, rest),) = calls
     assert called == model
-    assert config == Config(0.25, (16, 64), importance="l2", reorder="greedy", gathers="keep", target="cuda", seed=5)
+    assert config == Config(
+        0.25, (16, 64), importance="l2", reorder="greedy", gathers="keep", target="cuda", precision="bf16", seed=5
+    )
     assert (rest["plan"], rest["calibration"], rest["dump_passes"], rest["measure"]) == (None, None, tmp_path, False)
     onnx.checker.check_model(onnx.load(out))
     assert Plan.load(plan).get("c1") is not None

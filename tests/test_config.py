@@ -48,9 +48,12 @@ def test_a_rule_may_allow_a_layer_explicitly(tmp_path: Path) -> None:
 
 def test_top_level_keys_reach_the_config(tmp_path: Path) -> None:
     config = load_config(
-        write(tmp_path, 'importance = "l2"\nreorder = "greedy"\ngathers = "keep"\ntarget = "cuda"\nseed = 7\n')
+        write(
+            tmp_path,
+            'importance = "l2"\nreorder = "greedy"\ngathers = "keep"\ntarget = "cuda"\nprecision = "int8"\nseed = 7\n',
+        )
     )
-    assert config == Config(importance="l2", reorder="greedy", gathers="keep", target="cuda", seed=7)
+    assert config == Config(importance="l2", reorder="greedy", gathers="keep", target="cuda", precision="int8", seed=7)
     assert load_config(write(tmp_path, "")) == Config()
 
 
@@ -87,6 +90,7 @@ def test_wrong_block_sizes_are_refused(text: str) -> None:
         ('reorder = "best"', "reorder: expected one of exact, greedy, none"),
         ('gathers = "drop"', "gathers: expected one of absorb, keep"),
         ('target = "gpu"', "target: expected one of cpu, cuda"),
+        ('precision = "fp8"', "precision: expected one of float32, bf16, int8"),
         ("gathers = [1]", "gathers: expected one of absorb, keep"),
         ("seed = -1", "seed: expected an integer from 0"),
         ("seed = 1.5", "seed: expected an integer from 0"),

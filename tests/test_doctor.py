@@ -53,6 +53,14 @@ def test_a_library_that_does_not_load_is_named(monkeypatch: pytest.MonkeyPatch, 
     assert "\n" not in check.value
 
 
+def test_the_precisions_that_have_kernels_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = found()["precisions"].value.split(", ")
+    assert listed[0] == "float32"
+    assert set(listed) <= {"float32", "bf16", "int8"}
+    monkeypatch.setenv("TETRIS_ONNX_ISA", "scalar")
+    assert found()["precisions"].value == "float32"
+
+
 def test_wrong_results_are_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "run", lambda session, feed, name: [np.zeros((2, 4), np.float32)])
     check = found()["op library"]

@@ -211,3 +211,44 @@ def test_no_temporary_files_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     optimize(network(), CONFIG, first.plan)
     assert list(tmp_path.iterdir()) == []
+
+
+# The largest errors that may be expected of rounding in a network of five layers, and the least that shows it happened.
+ROUNDING = {"bf16": (1e-4, 2e-2), "int8": (1e-3, 1e-1)}
+
+
+@pytest.mark.parametrize("precision", ROUNDING)
+def test_the_error_of_a_precision_is_reported(precision: str) -> None:
+    result = optimize(network(), replace(CONFIG, precision=precision))
+    assert result.report.max_error < 1e-5  # of the float32 form, verified as ever
+    assert result.report.precision == precision
+    assert result.report.rounding_error is not None
+    most, mean = result.report.rounding_error
+    low, high = ROUNDING[precision]
+    missing = f"this processor has no kernels of {precision}: here the result computes in float32"
+    if missing in result.report.notes:
+        assert most == mean == 0
+    else:
+        assert low < most < high
+        assert 0 < mean < most
+
+
+def test_without_kernels_a_precision_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TETRIS_ONNX_ISA", "scalar")
+    report = optimize(network(), replace(CONFIG, precision="bf16")).report
+    assert report.rounding_error == (0, 0)
+    assert any("no kernels of bf16" in note for note in report.notes)
+
+
+def test_a_precision_that_ruins_the_output_writes_nothing(first: Result) -> None:
+    broken = onnx.ModelProto()
+    broken.CopyFrom(first.model)
+    bias = next(t for t in broken.graph.initializer if t.dims == [10])
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 100, bias.name))
+    with pytest.raises(pipeline.VerificationError, match="precision bf16 changes the output"):
+        pipeline.verify_precision(broken, first.model, "bf16")
+
+
+def test_float32_has_no_rounding_error(first: Result) -> None:
+    assert first.report.precision == "float32"
+    assert first.report.rounding_error is None

@@ -92,6 +92,12 @@ def test_the_summary_states_before_and_after() -> None:
     assert "time" not in lines
 
 
+def test_the_error_of_a_precision_joins_the_summary() -> None:
+    assert "precision" not in dict(summary(REPORT))
+    lines = dict(summary(replace(REPORT, precision="bf16", rounding_error=(0.004, 0.0015))))
+    assert lines["precision"] == "bf16: error 4.0e-03 of max|y|, mean 1.5e-03, against float32"
+
+
 def test_measured_accuracy_and_time_join_the_summary() -> None:
     measured = replace(
         REPORT,

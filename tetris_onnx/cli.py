@@ -21,6 +21,7 @@ from tetris_onnx.config import (
     GATHERS,
     IMPORTANCES,
     MEASURED_IMPORTANCES,
+    PRECISIONS,
     REORDERS,
     TARGETS,
     Config,
@@ -170,6 +171,14 @@ def optimize(
         str | None,
         typer.Option(metavar="|".join(TARGETS), help="The provider that will run the result.", show_default="cpu"),
     ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            metavar="|".join(PRECISIONS),
+            help="What pruned layers multiply in, where the processor can; the error is reported.",
+            show_default="float32",
+        ),
+    ] = None,
     reorder: Annotated[
         str | None,
         typer.Option(metavar="|".join(REORDERS), help="How to search for channel orders.", show_default="exact"),
@@ -215,7 +224,9 @@ def optimize(
         _refuse_together("--plan", searched)
     if speedup is not None:
         _refuse_together("--speedup", {"--sparsity": sparsity})
-    chosen = _config(config, sparsity, block_size, gathers, reorder, importance, seed, target, allocation, speedup)
+    chosen = _config(
+        config, sparsity, block_size, gathers, reorder, importance, seed, target, allocation, speedup, precision
+    )
     chosen = replace(chosen, memory=int(memory * 1e9))
     if chosen.importance in MEASURED_IMPORTANCES and calibration is None:
         raise UsageError(
@@ -459,6 +470,7 @@ def _config(
     target: str | None = None,
     allocation: str | None = None,
     speedup: float | None = None,
+    precision: str | None = None,
 ) -> Config:
     """The config file's options with those of the command line on top."""
     if path is not None:
@@ -473,6 +485,7 @@ def _config(
         "target": target,
         "allocation": "latency" if speedup is not None and allocation is None else allocation,
         "speedup": speedup,
+        "precision": precision,
     }
     base = Config() if path is None else load_config(path)
     return replace(base, **{name: value for name, value in values.items() if value is not None})  # type: ignore[arg-type]

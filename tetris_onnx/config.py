@@ -36,6 +36,7 @@ MEASURED_IMPORTANCES = ("activation", "hessian")  # need calibration samples
 REORDERS = ("exact", "greedy", "none")
 GATHERS = ("absorb", "keep")
 TARGETS = ("cpu", "cuda")
+PRECISIONS = ("float32", "bf16", "int8")
 # How much to prune where: the same sparsity everywhere, one budget of multiplications, or one of time.
 ALLOCATIONS = ("uniform", "global", "latency")
 MAX_BLOCK_SIZE = 1024
@@ -49,6 +50,7 @@ _TOP_KEYS = (
     "reorder",
     "gathers",
     "target",
+    "precision",
     "seed",
     "layers",
 )
@@ -107,6 +109,7 @@ class Config:
     reorder: str = "exact"  # one of REORDERS
     gathers: str = "absorb"  # one of GATHERS
     target: str = "cpu"  # one of TARGETS: the provider that the result is made for (it is right on any)
+    precision: str = "float32"  # one of PRECISIONS: what the products of the block-sparse layers are computed in
     seed: int = 0
     workers: int | None = None  # processes; None = one per core
     memory: int = 4 * 10**9  # bytes for the activations of calibration samples; what is more goes to a temporary file
@@ -124,6 +127,7 @@ class Config:
         _check_choice("reorder", self.reorder, REORDERS)
         _check_choice("gathers", self.gathers, GATHERS)
         _check_choice("target", self.target, TARGETS)
+        _check_choice("precision", self.precision, PRECISIONS)
         if not _is_int(self.seed) or self.seed < 0:
             raise ConfigError(f"seed: expected an integer from 0, found {self.seed!r}")
         if self.workers is not None and (not _is_int(self.workers) or self.workers < 1):

@@ -25,6 +25,7 @@ from tetris_onnx import runtime
 from tetris_onnx.graph.io import ModelError
 from tetris_onnx.graph.layers import DOMAIN, GEMM
 from tetris_onnx.machine import cache_path, load_machine, measured, save_machine
+from tetris_onnx.passes.set_precision import PRECISION_ATTRIBUTES
 from tetris_onnx.processor import ISA_VARIABLE, cpu_flags, cpu_name
 from tetris_onnx.runtime import import_onnxruntime
 from tetris_onnx.session import SessionError, open_session, run
@@ -37,6 +38,7 @@ _INSTRUCTION_SETS = (
     "fma",
     "avx2",
     "avx512f",
+    "avx512_vnni",
     "avx512_bf16",
     "avx512_fp16",
     "amx_bf16",
@@ -148,6 +150,11 @@ def _library() -> Iterable[Check]:
         yield Check("op library", f"{path}: wrong result (off by {difference:.1e})", False, "please report this")
         return
     yield Check("op library", f"{path}, runs", True)
+    # Kernels of a precision round; without them, the result is float32's.
+    found = [
+        name for name, attribute in PRECISION_ATTRIBUTES.items() if name == "float32" or _run_one_node(attribute) > 1e-5
+    ]
+    yield Check("precisions", ", ".join(found))
 
 
 def _processor() -> Iterable[Check]:
@@ -206,7 +213,7 @@ def _gpu() -> Iterable[Check]:
         yield Check("GPU", line.strip(), None, advice)
 
 
-def _run_one_node() -> float:
+def _run_one_node(precision: str = "float32") -> float:
     """The largest error of a block-sparse matrix product that only the op library can run."""
     rng = np.random.default_rng(0)
     blocks = rng.standard_normal((2, 2, 2), dtype=np.float32)
@@ -230,6 +237,7 @@ def _run_one_node() -> float:
         block_size=[2, 2],
         activation_min=0.0,
         activation_max=float("inf"),
+        precision=precision,
     )
     graph = helper.make_graph(
         [node],

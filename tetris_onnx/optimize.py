@@ -39,6 +39,7 @@ from tetris_onnx.passes import (
     prune_blocks,
     reorder_weights,
     run_passes,
+    set_precision,
     set_weights,
 )
 from tetris_onnx.plan import Plan
@@ -57,6 +58,10 @@ from tetris_onnx.trial import Trial, try_out
 
 # Samples of the verification: few are enough, the check is of every value that the models give.
 _RANDOM_SAMPLES = 2
+# Largest error of a precision relative to max|y| that can still be rounding. A product of bfloat16 is off by up to
+# 2^-8, a byte by 1/510 of its layer's range; what is left of that after a network's sums is a percent or so, and a few
+# percent for bytes. The bounds are ten times that: beyond, the answers are not the network's any more.
+_MOST_ROUNDING = {"bf16": 0.1, "int8": 0.5}
 _REAL_SAMPLES = 16
 # How often layers that measured slower than dense are made dense; each time the others are measured again.
 _MOST_CHANGES = 3
@@ -75,6 +80,15 @@ class Result:
     model: onnx.ModelProto
     plan: Plan
     report: Report
+
+
+@dataclass(frozen=True)
+class _Verified:
+    """A block-sparse model, its error and that of its precision (see `Report`)."""
+
+    model: onnx.ModelProto
+    error: float
+    rounding_error: tuple[float, float] | None = None
 
 
 def optimize(
@@ -138,19 +152,24 @@ def optimize(
                 rows[i] = replace(row, sensitivity=sensitivity, predicted_loss=loss)
     some = None if samples is None else _first(samples, model_inputs(source))
 
-    def build(plan: Plan, weights: Mapping[str, NewWeights], folder: Path | None) -> tuple[onnx.ModelProto, float]:
+    def build(plan: Plan, weights: Mapping[str, NewWeights], folder: Path | None) -> _Verified:
         with clock.stage("rewrite"):
             steps = pipeline(plan, config.gathers, weights, config.target)
-            result = io.to_proto(run_passes(graph, steps, folder, source), source)
+            sparse = run_passes(graph, steps, folder, source)
+            result = io.to_proto(sparse, source)
         with clock.stage("verify"):
             error = verify(result, masked_dense(source, plan, weights), config.tolerance, some)
-        return result, error
+            if config.precision == "float32" or not len(plan):
+                return _Verified(result, error)
+            step = Pass("set_precision", partial(set_precision, precision=config.precision))
+            exact, result = result, io.to_proto(run_passes(sparse, [step]), source)
+            return _Verified(result, error, verify_precision(result, exact, config.precision, some))
 
-    result, error = build(plan, weights, None if dump_passes is None else Path(dump_passes))
+    built = build(plan, weights, None if dump_passes is None else Path(dump_passes))
     trial = None
     for changes in range(_MOST_CHANGES + 1) if measure else ():
         with clock.stage("measure"):
-            trial = try_out(source, result, [row.layer for row in rows], some)
+            trial = try_out(source, built.model, [row.layer for row in rows], some)
         slower = {row.layer for row in rows if row.layer in trial.slower and not config.for_layer(row.node).explicit}
         slower = slower if changes < _MOST_CHANGES else set()
         rows = [_with_measured(row, trial, row.layer in slower) for row in rows]
@@ -158,8 +177,8 @@ def optimize(
             break
         plan = Plan(tuple(p for p in plan if p.layer not in slower))
         weights = {name: new for name, new in weights.items() if name not in slower}
-        result, error = build(plan, weights, None)
-    final = io.to_graph(result)
+        built = build(plan, weights, None)
+    final = io.to_graph(built.model)
     gathers = sum(gather_permutation(node) is not None and node.name not in before for node in final.nodes)
     ops = [node.op for node in final.nodes]
     report = Report(
@@ -169,16 +188,18 @@ def optimize(
         gathers=gathers,
         fused=(ops.count(CONV_ADD), ops.count(CONV_MAX_POOL)),
         bytes_before=original.ByteSize(),
-        bytes_after=result.ByteSize(),
-        max_error=error,
+        bytes_after=built.model.ByteSize(),
+        max_error=built.error,
+        precision=config.precision,
+        rounding_error=built.rounding_error,
         seconds=clock.seconds,
         importance=config.importance if config.importance != "auto" else "l1" if calibration is None else "hessian",
         machine=machine.name,
-        notes=_notes(config, plan, rows),
+        notes=_notes(config, plan, rows, built.rounding_error),
     )
     if trial is not None:
         report = _with_times(report, trial)
-    return Result(result, plan, report)
+    return Result(built.model, plan, report)
 
 
 def _fitted_machine(clock: _Clock) -> Machine:
@@ -317,13 +338,9 @@ def verify(model: onnx.ModelProto, reference: onnx.ModelProto, tolerance: float,
     weight is rounded (a BatchNormalization, a refit): 8 roundings of a weight are allowed for. Raises
     `VerificationError` when the error is above ``tolerance`` (or not a number).
     """
-    shown = _before_squashing(reference, model)
-    pair = _with_outputs(reference, shown), _with_outputs(model, shown)
+    pair, data = _comparable(reference, model, data)
     if rounding(model):
         tolerance = max(tolerance, _WEIGHT_ROUNDINGS * rounding(model))
-        pair = widen(pair[0]), widen(pair[1])
-        halves = ("float16", "bfloat16")
-        data = data and {name: x.astype(np.float32) if x.dtype.name in halves else x for name, x in data.items()}
     runs = [] if data is None else [compare(*pair, data)]
     try:
         runs.append(compare(*pair, samples=_RANDOM_SAMPLES))
@@ -337,6 +354,39 @@ def verify(model: onnx.ModelProto, reference: onnx.ModelProto, tolerance: float,
             f"(at most {tolerance:.1e} is right); nothing was written. Please report this with the model"
         )
     return error
+
+
+def verify_precision(
+    model: onnx.ModelProto, exact: onnx.ModelProto, precision: str, data: Samples | None = None
+) -> tuple[float, float]:
+    """Largest and mean error of ``model``, in ``precision``, relative to max|y| of ``exact``, the same in float32.
+
+    On ``data``, or on random inputs where there is none. Raises `VerificationError` when the largest error is beyond
+    what rounding alone can do (see ``_MOST_ROUNDING``).
+    """
+    pair, data = _comparable(exact, model, data)
+    found = compare(*pair, data, samples=_RANDOM_SAMPLES)
+    worst = max(found.outputs, key=lambda output: output.relative)
+    if not worst.relative <= _MOST_ROUNDING[precision]:
+        raise VerificationError(
+            f"precision {precision} changes the output {worst.name!r} by {worst.relative:.1e} of max|y|, too much "
+            "to be of use; nothing was written. Use another precision"
+        )
+    mean = worst.mean_abs * worst.relative / worst.max_abs if worst.max_abs else 0.0
+    return worst.relative, mean
+
+
+def _comparable(
+    reference: onnx.ModelProto, model: onnx.ModelProto, data: Samples | None
+) -> tuple[tuple[onnx.ModelProto, onnx.ModelProto], Samples | None]:
+    """Both models and the samples in float32, with the values before a squashing function as further outputs."""
+    shown = _before_squashing(reference, model)
+    pair = _with_outputs(reference, shown), _with_outputs(model, shown)
+    if not rounding(model):
+        return pair, data
+    halves = ("float16", "bfloat16")
+    data = data and {name: x.astype(np.float32) if x.dtype.name in halves else x for name, x in data.items()}
+    return (widen(pair[0]), widen(pair[1])), data
 
 
 def _before_squashing(reference: onnx.ModelProto, model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
@@ -356,7 +406,7 @@ def _with_outputs(model: onnx.ModelProto, values: list[onnx.ValueInfoProto]) -> 
     return extended
 
 
-def _notes(config: Config, plan: Plan, rows: list) -> tuple[str, ...]:
+def _notes(config: Config, plan: Plan, rows: list, rounding_error: tuple[float, float] | None) -> tuple[str, ...]:
     notes = []
     unused = config.unused_patterns(row.node for row in rows)
     if unused:
@@ -367,6 +417,8 @@ def _notes(config: Config, plan: Plan, rows: list) -> tuple[str, ...]:
         )
     if any(row.predicted_ms and row.macs is None for row in rows):
         notes.append(OPEN_SIZES)
+    if rounding_error is not None and rounding_error[0] == 0:
+        notes.append(f"this processor has no kernels of {config.precision}: here the result computes in float32")
     if not len(plan):
         notes.append("no layer was pruned: the result computes what the original does")
     return tuple(notes)

@@ -71,6 +71,8 @@ class Report:
     machine: str = ""  # whose times are predicted
     notes: tuple[str, ...] = ()
     fused: tuple[int, int] = (0, 0)  # residual Adds and MaxPools that went into the convolutions before them
+    precision: str = "float32"  # of the block-sparse layers' products
+    rounding_error: tuple[float, float] | None = None  # of that precision: (max, mean), relative to max|y| in float32
     labeled: int | None = None  # samples behind accuracy
     accuracy: tuple[float, float] | None = None  # (before, after), top-1
     agreement: float | None = None  # share of samples with the same top-1 before and after
@@ -146,6 +148,9 @@ def summary(report: Report) -> list[tuple[str, str]]:
         ("importance", report.importance),
         ("max error", f"{report.max_error:.1e} of max|y|, against the dense model with the same blocks zeroed"),
     ]
+    if report.rounding_error:
+        most, mean = report.rounding_error
+        lines.append(("precision", f"{report.precision}: error {most:.1e} of max|y|, mean {mean:.1e}, against float32"))
     if report.accuracy:
         old, new = report.accuracy
         text = f"{percent(old)} -> {percent(new)} ({100 * (new - old):+.1f} points)"

@@ -12,6 +12,7 @@ from tetris_onnx.passes.normalize_layers import normalize_layers
 from tetris_onnx.passes.pipeline import Pass, PassError, run_passes
 from tetris_onnx.passes.prune_blocks import prune_blocks
 from tetris_onnx.passes.reorder_weights import reorder_weights
+from tetris_onnx.passes.set_precision import set_precision
 from tetris_onnx.passes.set_weights import NewWeights, set_weights
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "prune_blocks",
     "reorder_weights",
     "run_passes",
+    "set_precision",
     "set_weights",
 ]

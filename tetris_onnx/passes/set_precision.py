@@ -1,0 +1,23 @@
+"""Let our operators compute their products in another precision; everything between them stays float32.
+
+It comes last, when the float32 result has been verified: that check is strict, while rounding hides small mistakes.
+"""
+
+from __future__ import annotations
+
+import onnx_graphsurgeon as gs
+
+from tetris_onnx.graph.layers import DOMAIN, OUR_OPS
+
+# What the option says -> what the operators' attribute says.
+PRECISION_ATTRIBUTES = {"float32": "float32", "bf16": "bfloat16", "int8": "int8"}
+
+
+def set_precision(graph: gs.Graph, precision: str) -> None:
+    """Apply the pass: ``precision`` is a key of `PRECISION_ATTRIBUTES`."""
+    for node in graph.nodes:
+        if node.domain == DOMAIN and node.op in OUR_OPS:
+            node.attrs["precision"] = PRECISION_ATTRIBUTES[precision]
+    for function in graph.functions:
+        if function.domain == DOMAIN and function.name in OUR_OPS:
+            function.attrs["precision"] = None  # a name that its nodes have, and that its body has no use for
