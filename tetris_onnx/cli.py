@@ -172,12 +172,7 @@ def optimize(
         typer.Option(metavar="|".join(TARGETS), help="The provider that will run the result.", show_default="cpu"),
     ] = None,
     precision: Annotated[
-        str | None,
-        typer.Option(
-            metavar="|".join(PRECISIONS),
-            help="What pruned layers multiply in, where the processor can; the error is reported.",
-            show_default="float32",
-        ),
+        str | None, typer.Option(metavar="|".join(PRECISIONS), help="Of pruned layers.", show_default="float32")
     ] = None,
     reorder: Annotated[
         str | None,
@@ -187,18 +182,9 @@ def optimize(
         str | None,
         typer.Option(metavar="|".join(IMPORTANCES), help="What a weight is worth.", show_default="auto"),
     ] = None,
-    save_plan: Annotated[
-        Path | None,
-        typer.Option(help="Write the plan (.npz)."),
-    ] = None,
-    report: Annotated[
-        Path | None,
-        typer.Option(help="Write the report (.html, .json or .md)."),
-    ] = None,
-    dump_passes: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the model after each pass."),
-    ] = None,
+    save_plan: Annotated[Path | None, typer.Option(help="Write the plan (.npz).")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the report (.html, .json or .md).")] = None,
+    dump_passes: Annotated[Path | None, typer.Option(help="Folder for the model after each pass.")] = None,
     seed: Annotated[
         int | None,
         typer.Option(help="Of the search.", show_default="0"),
