@@ -58,6 +58,10 @@ def test_the_work_is_counted() -> None:
     assert sparse["wide"] == 64 * 32 * 9 * 196 / 4  # 196 = 12 vectors and 4 pixels
     assert sparse["weights"] == 64 * 32 * 9 / 4
     assert sparse["panel"] == pytest.approx(32 * 196 * (1 - 0.75**2))
+    # Many channels: by Winograd's algorithm, F(4x4, 3x3), 36 multiplications for 144.
+    many = LayerShape(1024, 1024, (3, 3), (1, 1), (1, 1), (56, 56), (56, 56))
+    direct = many.multiplications
+    assert direct / 4 < dict(zip(SPARSE_WORK, sparse_work(many, 1.0, (32, 32)), strict=True))["wide"] < direct / 2
     # Blocks of 12 rows are a group of 8 and one of 4; 7x7 pixels 3 vectors and 1; 5x5 two vectors.
     small = LayerShape(24, 8, (1, 1), (1, 1), (1, 1), (5, 5), (5, 5))
     assert dict(zip(SPARSE_WORK, sparse_work(small, 1.0, (12, 8)), strict=True))["pointwise"] == 24 * 8 * 32
@@ -75,10 +79,10 @@ def test_predictions_grow_with_the_density(kind: str) -> None:
 
 
 def test_large_layers_gain_in_proportion_and_small_ones_do_not() -> None:
-    large = LayerShape(256, 256, (3, 3), (1, 1), (1, 1), (56, 56), (56, 56))
+    large = LayerShape(1024, 1024, (1, 1), (1, 1), (1, 1), (28, 28), (28, 28))
     dense = predict_dense(large, AVX512)
-    assert 0.009 < dense < 0.02  # 1.85 G multiplications
-    assert 0.9 < 0.25 * dense / predict(large, 0.25, (32, 32), AVX512) < 1.1
+    assert 0.004 < dense < 0.009  # 0.82 G multiplications
+    assert 0.8 < 0.25 * dense / predict(large, 0.25, (32, 32), AVX512) < 1.1
     tiny = LayerShape(32, 32, (1, 1), (1, 1), (1, 1), (1, 1), (1, 1))
     assert predict(tiny, 0.5, (16, 16), AVX512) > predict_dense(tiny, AVX512)
 
@@ -87,7 +91,7 @@ def test_weights_of_a_large_network_come_from_memory() -> None:
     layer = LayerShape(4096, 4096)
     cold = replace(layer, cold=True)
     assert predict_dense(cold, AVX512) > 1.5 * predict_dense(layer, AVX512)
-    assert predict(cold, 0.5, (32, 32), AVX512) > 1.5 * predict(layer, 0.5, (32, 32), AVX512)
+    assert predict(cold, 0.5, (32, 32), AVX512) > 1.2 * predict(layer, 0.5, (32, 32), AVX512)
     work = dict(zip(DENSE_WORK, dense_work(cold), strict=True))
     assert (work["cold"], work["weights"]) == (2**24, 0)
 
