@@ -728,7 +728,7 @@ struct ConvKernel::Work {
 std::vector<Quantization> ConvKernel::quantize_images(const float* x, int64_t batch, int64_t plane,
                                                       const ThreadPool& pool) const {
   const int64_t used = static_cast<int64_t>(used_.size());
-  const int64_t per_image = std::clamp<int64_t>(used, 1, ceil_div(machine_threads() * kItemsPerThread, batch));
+  const int64_t per_image = std::clamp<int64_t>(used, 1, ceil_div(threads_.count() * kItemsPerThread, batch));
   std::vector<Range> ranges(static_cast<size_t>(per_image * batch));
   auto find = [&](size_t item) {
     const int64_t image = static_cast<int64_t>(item) / per_image, part = static_cast<int64_t>(item) % per_image;
@@ -779,7 +779,7 @@ void ConvKernel::run(const float* x, const float* addend, int64_t batch, const S
     work.quantized = quantized.data();
   }
   work.stages = batch * static_cast<int64_t>(plan->strips.size());
-  const int64_t wanted = machine_threads() * kItemsPerThread;
+  const int64_t wanted = threads_.count() * kItemsPerThread;
   const int64_t block_rows = static_cast<int64_t>(block_rows_.size());
   if (work.stages < std::min(wanted, kMaxGroups)) {
     work.row_items = block_rows;
@@ -794,7 +794,7 @@ void ConvKernel::run(const float* x, const float* addend, int64_t batch, const S
     }
   }
   work.compute_items = work.stages * work.parts * work.row_items;
-  run_work(pool, work);
+  threads_.saw(run_work(pool, work));
 }
 
 }  // namespace tetris

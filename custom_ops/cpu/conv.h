@@ -103,6 +103,7 @@ class ConvKernel {
     std::unique_ptr<WinogradConv> conv;
   };
   mutable LazyWinograd winograd2_, winograd4_;
+  mutable LearnedThreads threads_;
   mutable std::mutex plans_mutex_;
   mutable std::vector<std::shared_ptr<const Plan>> plans_;  // of the latest input sizes
 };

@@ -234,10 +234,10 @@ void GemmKernel::run(const float* x, int64_t samples, float* y, const ThreadPool
       work.packed = thread_scratch<GemmKernel>(static_cast<size_t>(checked_product(count, elements_)));
       work.prepare_items = work.tiles * ceil_div(elements_, kPackElements);
     }
-    const int64_t items = machine_threads() * kItemsPerThread;
+    const int64_t items = threads_.count() * kItemsPerThread;
     work.tiles_per_item = std::clamp<int64_t>(work.tiles * rows / items, 1, kTilesPerItem);
     work.compute_items = rows * ceil_div(work.tiles, work.tiles_per_item);
-    run_work(pool, work);
+    threads_.saw(run_work(pool, work));
     done += count;
   }
 }

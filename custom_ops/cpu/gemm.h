@@ -51,6 +51,7 @@ class GemmKernel {
   Buffer bias_;    // [panel][row]
   Buffer row_scale_;  // kInt8 only, as row_sum_; [panel][row]
   std::vector<int32_t> row_sum_;
+  mutable LearnedThreads threads_;
 };
 
 }  // namespace tetris

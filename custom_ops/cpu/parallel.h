@@ -22,6 +22,26 @@ inline int64_t machine_threads() {
   return threads < 1 ? 1 : threads;
 }
 
+// How many threads the runs of one kernel have to feed, for the division of its work. onnxruntime does not tell how many
+// threads a session has, and the machine's number may be far more: then the work would be cut finer than is good for the
+// caches, and more of it prepared at once. So it is learned: the most threads that took part in a run so far. Work is cut
+// into several items for each of them, so that one more finds something to do and is counted.
+class LearnedThreads {
+ public:
+  int64_t count() const {
+    const int64_t most = most_.load(std::memory_order_relaxed);
+    return most == 0 ? machine_threads() : most;
+  }
+  void saw(int64_t threads) {
+    int64_t most = most_.load(std::memory_order_relaxed);
+    while (most < threads && !most_.compare_exchange_weak(most, threads, std::memory_order_relaxed)) {
+    }
+  }
+
+ private:
+  std::atomic<int64_t> most_{0};
+};
+
 constexpr int64_t kMaxGroups = 256;
 
 // Runs `work` in two steps. First `prepare(group, i)` for i < work.prepare_items of each of work.groups groups, then
@@ -29,13 +49,14 @@ constexpr int64_t kMaxGroups = 256;
 // Threads take items from one counter, in order, so an early finisher takes over what is left, and nobody waits for a
 // thread that has not yet started: a waiting thread waits only for items that others are working on.
 // `Work` needs: groups, prepare_items, compute_items, prepare, compute, group_of; at most kMaxGroups groups. `compute`
-// may throw std::bad_alloc, `prepare` nothing.
+// may throw std::bad_alloc, `prepare` nothing. Returns how many threads took part.
 template <class Work>
-void run_work(const ThreadPool& pool, Work& work) {
+int64_t run_work(const ThreadPool& pool, Work& work) {
   struct State {
     Work& work;
     std::atomic<int64_t> next{0};
     std::atomic<int64_t> prepared[kMaxGroups] = {};
+    std::atomic<int64_t> threads{0};
     std::atomic<bool> out_of_memory{false};
   } state{work};
   const int64_t total = work.groups * work.prepare_items + work.compute_items;
@@ -44,7 +65,10 @@ void run_work(const ThreadPool& pool, Work& work) {
     Work& work = state.work;
     const int64_t preparing = work.groups * work.prepare_items;
     const int64_t total = preparing + work.compute_items;
+    bool counted = false;
     for (int64_t item; (item = state.next.fetch_add(1, std::memory_order_relaxed)) < total;) {
+      if (!counted) state.threads.fetch_add(1, std::memory_order_relaxed);
+      counted = true;
       if (item < preparing) {
         const int64_t group = item / work.prepare_items;
         work.prepare(group, item % work.prepare_items);
@@ -66,6 +90,7 @@ void run_work(const ThreadPool& pool, Work& work) {
   const int64_t threads = machine_threads();
   pool.run(drain, static_cast<size_t>(total < threads ? total : threads), &state);
   if (state.out_of_memory.load()) throw std::bad_alloc();
+  return state.threads.load();
 }
 
 }  // namespace tetris

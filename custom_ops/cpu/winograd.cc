@@ -348,7 +348,8 @@ void WinogradConv::run(const float* x, const float* addend, int64_t batch, const
   if (plan->output_plane == 0) return;
   Work work{*this, *plan, x, addend, y};
   const int64_t strips = static_cast<int64_t>(plan->strips.size());
-  const int64_t threads = machine_threads(), wanted = threads * kItemsPerThread;
+  // Twice as many as were seen: strips alone may be no more than those, and one more would find nothing to do.
+  const int64_t threads = std::min(machine_threads(), 2 * conv_.threads_.count()), wanted = threads * kItemsPerThread;
   work.compute_items = strips;
   if (strips % threads != 0 && strips < std::min(wanted, kMaxGroups) && !used_.empty()) {
     work.groups = strips;
@@ -356,7 +357,7 @@ void WinogradConv::run(const float* x, const float* addend, int64_t batch, const
     work.compute_items = strips * static_cast<int64_t>(bundles_.size());
     work.transformed = thread_scratch<Plan>(work.strip_floats() * static_cast<size_t>(strips));
   }
-  run_work(pool, work);
+  conv_.threads_.saw(run_work(pool, work));
 }
 
 }  // namespace tetris

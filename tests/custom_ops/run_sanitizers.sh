@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the op library with the address and undefined-behavior sanitizers in a temporary folder and runs the op tests
-# against it: every kernel, instruction set and malformed case. Any report fails the run.
+# against it: every kernel, instruction set and malformed case. Then the kernels, called from several threads at once,
+# with the thread sanitizer. Any report fails the run.
 #   tests/custom_ops/run_sanitizers.sh [pytest arguments]
 # PYTHON names the interpreter (default: python3); cmake and a C++ compiler with the sanitizers must be installed.
 set -euo pipefail
@@ -31,4 +32,12 @@ if compgen -G "$folder/report*" >/dev/null; then
   cat "$folder"/report*
   exit 1
 fi
-exit $status
+if ((status)); then exit $status; fi
+
+# Without onnxruntime, which is not built with the sanitizer: it would not see how onnxruntime's threads are synchronized.
+cmake -S "$root/custom_ops" -B "$folder/thread" -DTETRIS_SANITIZE=thread -DTETRIS_KERNEL_CHECK=ON -DTETRIS_CUDA=OFF \
+  -DTETRIS_WERROR=ON >"$folder/cmake.log" || { cat "$folder/cmake.log"; exit 1; }
+cmake --build "$folder/thread" --target kernel_check --parallel 2 >"$folder/build.log" ||
+  { cat "$folder/build.log"; exit 1; }
+"$folder/thread/kernel_check" 60
+TETRIS_ONNX_ISA=scalar "$folder/thread/kernel_check" 30
