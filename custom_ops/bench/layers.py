@@ -6,11 +6,16 @@ Prints, for each layer, the medians of both, the speed-up and `fraction` = speed
 proportional to the number of kept blocks. Both take NCHW tensors; onnxruntime's time includes the conversion to its own
 layout and back, which it would save between two of its own layers. `error` is the largest difference of the outputs
 over the largest output: that of `--precision`.
+
+    python custom_ops/bench/layers.py custom_ops/bench/vgg16.txt --algorithm auto --baseline direct
+
+compares two ways to compute the same block-sparse layer: `fraction` is the speed-up then.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -28,8 +33,12 @@ from tetris_onnx import runtime
 TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2, "int8": 5e-2}
 
 
-def timer(model: bytes, x: np.ndarray, threads: int) -> tuple[Callable[[], float], np.ndarray]:
+ALGORITHMS = ("auto", "direct", "winograd2", "winograd4")
+
+
+def timer(model: bytes, x: np.ndarray, threads: int, algorithm: str = "auto") -> tuple[Callable[[], float], np.ndarray]:
     """A function that runs the model once and returns the seconds it took, and the model's output."""
+    os.environ["TETRIS_ONNX_CONV"] = algorithm  # read when the session is created
     options = onnxruntime.SessionOptions()
     if threads > 1:
         options.use_per_session_threads = False
@@ -52,12 +61,16 @@ def timer(model: bytes, x: np.ndarray, threads: int) -> tuple[Callable[[], float
 
 
 def measure(layer: Layer, arguments: argparse.Namespace) -> tuple[float, float, float, float]:
-    """Density of the grid, median seconds dense, median seconds block-sparse, error."""
+    """Density of the grid, median seconds of the baseline, median seconds block-sparse, error."""
     rng = np.random.default_rng(0)
     sparse = random_layer(layer, arguments.block_size, arguments.density, rng)
     x = rng.standard_normal((arguments.batch, layer.inputs, *layer.map_size), dtype=np.float32)
-    run_sparse, y_sparse = timer(sparse.sparse_model(arguments.batch, arguments.precision), x, arguments.threads)
-    run_dense, y_dense = timer(sparse.dense_model(arguments.batch), x, arguments.threads)
+    model = sparse.sparse_model(arguments.batch, arguments.precision)
+    run_sparse, y_sparse = timer(model, x, arguments.threads, arguments.algorithm)
+    if arguments.baseline == "dense":
+        run_dense, y_dense = timer(sparse.dense_model(arguments.batch), x, arguments.threads)
+    else:
+        run_dense, y_dense = timer(model, x, arguments.threads, arguments.baseline)
     error = float(np.abs(y_sparse - y_dense).max() / np.abs(y_dense).max())
     if error > TOLERANCES[arguments.precision]:
         raise SystemExit(f"{layer.name}: the two outputs differ by {error:.1e} of the largest")
@@ -78,6 +91,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--precision", choices=TOLERANCES, default="float32", help="of the block-sparse op")
+    parser.add_argument("--algorithm", choices=ALGORITHMS, default="auto", help="of the op's 3x3 convolutions")
+    parser.add_argument(
+        "--baseline", choices=("dense", *ALGORITHMS), default="dense", help="or the op, with another one"
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="for each layer")
     parser.add_argument("--layers", help="only the layers whose name holds this")
     arguments = parser.parse_args()
@@ -85,24 +102,26 @@ def main() -> None:
         # One pool for both sessions: after a run, a session's own threads would go on spinning into the other's time.
         onnxruntime.set_global_thread_pool_sizes(arguments.threads, 1)
     print(
-        f"{'layer':<14} {'dense ms':>9} {'GFLOP/s':>8} {'sparse ms':>9} {'density':>8} {'speed-up':>8} fraction   error"
+        f"{'layer':<14} {arguments.baseline + ' ms':>12} {'GFLOP/s':>8} {'sparse ms':>9} {'density':>8} {'speed-up':>8} "
+        "fraction   error"
     )
     total_dense = total_sparse = total_ideal = 0.0
     for layer in read_layers(arguments.shapes):
         if arguments.layers and arguments.layers not in layer.name:
             continue
         density, dense, sparse, error = measure(layer, arguments)
-        rate = 2e-9 * layer.multiplications() * arguments.batch / dense
+        ideal = density if arguments.baseline == "dense" else 1.0  # time, relative to the baseline's
+        rate = 2e-9 * layer.multiplications() * arguments.batch * density / ideal / dense
         print(
-            f"{layer.name:<14} {dense * 1e3:>9.3f} {rate:>8.0f} {sparse * 1e3:>9.3f} {density:>8.3f} "
-            f"{dense / sparse:>8.2f} {dense / sparse * density:>8.2f} {error:.1e}",
+            f"{layer.name:<14} {dense * 1e3:>12.3f} {rate:>8.0f} {sparse * 1e3:>9.3f} {density:>8.3f} "
+            f"{dense / sparse:>8.2f} {dense / sparse * ideal:>8.2f} {error:.1e}",
             flush=True,
         )
         total_dense, total_sparse = total_dense + dense, total_sparse + sparse
-        total_ideal += dense * density
+        total_ideal += dense * ideal
     if total_sparse:
         print(
-            f"{'sum':<14} {total_dense * 1e3:>9.3f} {'':>8} {total_sparse * 1e3:>9.3f} {'':>8} "
+            f"{'sum':<14} {total_dense * 1e3:>12.3f} {'':>8} {total_sparse * 1e3:>9.3f} {'':>8} "
             f"{total_dense / total_sparse:>8.2f} {total_ideal / total_sparse:>8.2f}"
         )
 

@@ -125,7 +125,8 @@ struct WinogradRun {
 // up to `pitch` elements of each plane.
 struct WinogradInput {
   int tile;        // outputs of a tile each way: 2 or 4
-  const float* x;  // the channel of image 0
+  const float* x;     // the channel of image 0
+  const float* next;  // of the channel that will be transformed next: fetched ahead
   int64_t height, width, image_stride;
   const WinogradRun* runs;
   int64_t run_count;

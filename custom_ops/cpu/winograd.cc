@@ -15,8 +15,25 @@ constexpr size_t kPrefetchPadding = 8192;
 // Output rows whose products are kept, in the second-level cache, until they are transformed. More rows use an input
 // vector more often once it is in the first-level cache.
 constexpr int64_t kBundleRows = 32;
+// The estimate counts multiplications of vectors and puts the rest in terms of them, as measured on Zen 5: a transform of a
+// vector of tiles is kTransform for each of their elements, reading a weight is kRead (from memory that the cores share)
+// whatever the number of tiles it is used for. Winograd must win by kMargin: the estimate is not better than that.
+constexpr double kTransform = 16, kRead = 1, kMargin = 0.9;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How many of `count` tiles (or pixels) are computed without vectors of them: the last few (see TapMode::kTail).
+int64_t tail_of(int64_t count, const KernelSet& kernels) {
+  const int64_t tail = count % kernels.lanes;
+  return tail <= kernels.tail_pixels ? tail : 0;
+}
+
+// The time of `count` tiles or pixels, in that of a vector.
+double vectors_of(int64_t count, const KernelSet& kernels) {
+  const int64_t tail = tail_of(count, kernels);
+  return static_cast<double>(ceil_div(count - tail, kernels.lanes)) +
+         (tail == 0 ? 0.0 : static_cast<double>(tail) / kernels.tail_pixels);
+}
 
 // G of F(m, 3), the transform of a filter, for the points that the kernels use.
 std::vector<std::array<double, 3>> filter_transform(int size) {
@@ -61,12 +78,7 @@ bool WinogradConv::applies(const ConvAttributes& a, const Spatial& input) {
          a.pads_begin[1] == 0 && a.pads_end[1] == 0 && input[1] == 1;
 }
 
-// The estimate counts multiplications of vectors and puts the rest in terms of them, as measured on Zen 5:
-//   a transform of a vector of tiles   kTransform for each of their elements,
-//   reading a weight                   kRead, from memory that the cores share, whatever the number of tiles it is used for.
-// Winograd must win by kMargin: the estimate is not better than that.
 ConvAlgorithm WinogradConv::choose(const ConvKernel& conv, int64_t batch, const Spatial& input) {
-  constexpr double kTransform = 16, kRead = 1, kMargin = 0.9;
   const Spatial output = conv_output_size(conv.attributes_, input);
   double weights = 0;  // for one tap
   for (const ConvKernel::BlockRow& row : conv.block_rows_) {
@@ -74,12 +86,7 @@ ConvAlgorithm WinogradConv::choose(const ConvKernel& conv, int64_t batch, const 
       weights += static_cast<double>(row.channel_count) * conv.groups_[g].rows;
     }
   }
-  auto vectors = [&](int64_t count) {
-    const int64_t tail = count % conv.kernels_.lanes;
-    const bool whole = tail == 0 || tail > conv.kernels_.tail_pixels;
-    return static_cast<double>(count / conv.kernels_.lanes) +
-           (whole ? static_cast<double>(tail > 0) : static_cast<double>(tail) / conv.kernels_.tail_pixels);
-  };
+  auto vectors = [&](int64_t count) { return vectors_of(count, conv.kernels_); };
   double best = kMargin * 9 * weights * (vectors(output[0] * output[2]) * static_cast<double>(batch) + kRead);
   ConvAlgorithm choice = ConvAlgorithm::kDirect;
   for (const int64_t size : {2, 4}) {
@@ -195,27 +202,26 @@ std::shared_ptr<const WinogradConv::Plan> WinogradConv::make_plan(int64_t batch,
   const int64_t stored = size_ / pool;  // rows and columns of a tile in the output
   const int64_t down = ceil_div(plan.output[0], stored), across = ceil_div(plan.output[2], stored);
   const int64_t total = checked_product(batch, checked_product(down, across));
-  int64_t tail = total % lanes;
-  if (tail > conv_.kernels_.tail_pixels) tail = 0;
-  for (int64_t done = 0; done < total;) {
-    const int64_t left = ceil_div(total - tail - done, lanes);
-    const int64_t vectors = left == most + 1 ? ceil_div(left, 2) : std::min(left, most);
-    const bool last = vectors == left;
-    Plan::Strip strip{last ? total - done : vectors * lanes, plan.runs.size(), 0, plan.parts.size(), 0};
+  // As few strips as there can be; where they are many, no vectors for a few tiles instead.
+  const int64_t fewest = ceil_div(total, most * lanes + conv_.kernels_.tail_pixels);
+  const int64_t strips = fewest < machine_threads() * kItemsPerThread ? fewest : ceil_div(total, most * lanes);
+  for (int64_t i = 0; i < strips; ++i) {
+    const int64_t first = total * i / strips, tiles = total * (i + 1) / strips - first;
+    Plan::Strip strip{tiles, plan.runs.size(), 0, plan.parts.size(), 0};
+    const int64_t tail = tail_of(tiles, conv_.kernels_), vectors = ceil_div(tiles - tail, lanes);
     if (vectors > 0) plan.parts.push_back({0, static_cast<int>(vectors), 0});
-    if (last && tail > 0) plan.parts.push_back({vectors * lanes, 0, static_cast<int>(tail)});
-    for (int64_t tile = done; tile < done + strip.tiles;) {
+    if (tail > 0) plan.parts.push_back({vectors * lanes, 0, static_cast<int>(tail)});
+    for (int64_t tile = first; tile < first + tiles;) {
       const int64_t image = tile / (down * across), row = tile / across % down, column = tile % across;
-      const int64_t count = std::min(across - column, done + strip.tiles - tile);
-      plan.runs.push_back({tile - done, count, image, row * size_ - conv_.attributes_.pads_begin[0],
+      const int64_t count = std::min(across - column, first + tiles - tile);
+      plan.runs.push_back({tile - first, count, image, row * size_ - conv_.attributes_.pads_begin[0],
                            column * size_ - conv_.attributes_.pads_begin[2], row * stored, column * stored});
       tile += count;
     }
     strip.run_end = plan.runs.size();
     strip.part_end = plan.parts.size();
     plan.strips.push_back(strip);
-    plan.pitch = std::max(plan.pitch, ceil_div(strip.tiles, lanes) * lanes);
-    done += strip.tiles;
+    plan.pitch = std::max(plan.pitch, ceil_div(tiles, lanes) * lanes);
   }
   // An odd number of cache lines: the elements of a tile must not fight for the same lines of the cache.
   plan.element_stride = checked_product(static_cast<int64_t>(used_.size()), plan.pitch);
@@ -276,6 +282,7 @@ struct WinogradConv::Work {
     call.pitch = plan.pitch;
     for (int64_t u = begin; u < end; ++u) {
       call.x = x + winograd.used_[static_cast<size_t>(u)] * plan.input_plane;
+      call.next = x + winograd.used_[static_cast<size_t>(u + 1 < end ? u + 1 : u)] * plan.input_plane;
       call.v = v + u * plan.pitch;
       winograd.conv_.kernels_.winograd_input(call);
     }

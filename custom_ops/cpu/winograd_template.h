@@ -57,8 +57,13 @@ struct Winograd<V, 4> {  // points 0, a, -a, b, -b, infinity with a = 1/sqrt(2),
 };
 
 template <class V>
+TETRIS_INLINE uint32_t first_bits(int64_t count) {
+  return count <= 0 ? 0 : count >= V::kLanes ? ~0U : (1U << count) - 1;
+}
+
+template <class V>
 TETRIS_INLINE typename V::Mask first_lanes(int64_t count) {
-  return V::expand(count >= V::kLanes ? ~0U : (1U << count) - 1);
+  return V::expand(first_bits<V>(count));
 }
 
 // d[j] = p[j], p[j + M], p[j + 2 M], ...
@@ -106,50 +111,40 @@ template <class V, int M>
 void winograd_input_impl(const WinogradInput& in) {
   using Vec = typename V::Vec;
   constexpr int N = M + 2;
-  constexpr int64_t kLanes = V::kLanes, kColumns = M * kTileVectors<V> * kLanes + 2 * kLanes + M;
-  static constexpr float kZeros[kColumns] = {};
-  float rows[N][kColumns];
+  constexpr int64_t kLanes = V::kLanes, kColumns = (M * kTileVectors<V> + 2) * kLanes;
+  alignas(64) float rows[N][kColumns];
   TETRIS_NO_UNROLL
   for (int64_t r = 0; r < in.run_count; ++r) {
     const WinogradRun& run = in.runs[r];
-    // Down the columns, as they lie in memory: rows[i][c] of the run's column c.
-    const int64_t vectors = (run.tiles + kLanes - 1) / kLanes, columns = M * run.tiles + 2;
-    const int64_t begin = run.column >= 0 ? 0 : -run.column < columns ? -run.column : columns;
-    const int64_t room = in.width - run.column;
-    const int64_t end = room <= begin ? begin : room < columns ? room : columns;
+    // Down the columns, as they lie in memory: rows[i][c] of the run's column c. What lies outside the map is zero, also
+    // for the lanes without a tile. Stored just as it will be loaded below, so that no load waits for the stores before.
+    const int64_t vectors = (run.tiles + kLanes - 1) / kLanes;
+    const int64_t begin = -run.column, end = in.width - run.column;
     const float* source[N];
     TETRIS_UNROLL
     for (int i = 0; i < N; ++i) {
       const int64_t row = run.row + i;
-      const bool inside = row >= 0 && row < in.height && begin < end;
-      source[i] = inside ? in.x + run.image * in.image_stride + row * in.width + run.column + begin : kZeros;
+      const bool inside = row >= 0 && row < in.height;
+      const int64_t offset = run.image * in.image_stride + row * in.width + run.column;
+      source[i] = inside ? in.x + offset : nullptr;
+      if (!inside || i >= M) continue;
+      TETRIS_NO_UNROLL
+      for (int64_t c = begin > 0 ? begin : 0; c < M * run.tiles; c += 16) TETRIS_PREFETCH_L1(in.next + offset + c);
     }
     TETRIS_NO_UNROLL
-    for (int64_t c = 0; c < begin; ++c) {
-      TETRIS_UNROLL
-      for (int i = 0; i < N; ++i) rows[i][c] = 0.0F;
-    }
-    int64_t c = begin;
-    TETRIS_NO_UNROLL
-    for (; c < end; c += kLanes) {
+    for (int64_t c = 0; c < M * vectors * kLanes + 2; c += kLanes) {
       Vec d[N], t[N];
-      if (c + kLanes <= end) {
+      if (begin <= c && c + kLanes <= end) {
         TETRIS_UNROLL
-        for (int i = 0; i < N; ++i) d[i] = V::load(source[i] + (c - begin));
+        for (int i = 0; i < N; ++i) d[i] = source[i] == nullptr ? V::zero() : V::load(source[i] + c);
       } else {
-        const typename V::Mask mask = first_lanes<V>(end - c);
+        const typename V::Mask mask = V::expand(first_bits<V>(end - c) & ~first_bits<V>(begin - c));
         TETRIS_UNROLL
-        for (int i = 0; i < N; ++i) d[i] = V::load_masked(source[i] + (c - begin), mask);
+        for (int i = 0; i < N; ++i) d[i] = source[i] == nullptr ? V::zero() : V::load_masked(source[i] + c, mask);
       }
       Winograd<V, M>::input(d, t);
       TETRIS_UNROLL
       for (int i = 0; i < N; ++i) V::store(&rows[i][c], t[i]);
-    }
-    // What the vectors of tiles below will read: padding, and lanes without a tile.
-    TETRIS_NO_UNROLL
-    for (; c < M * vectors * kLanes + 2; c += kLanes) {
-      TETRIS_UNROLL
-      for (int i = 0; i < N; ++i) V::store(&rows[i][c], V::zero());
     }
     // Along the rows.
     TETRIS_NO_UNROLL
@@ -168,7 +163,12 @@ void winograd_input_impl(const WinogradInput& in) {
         d[M + 1] = V::next(phase[1], from[M * kLanes + 1]);
         Winograd<V, M>::input(d, t);
         TETRIS_UNROLL
-        for (int j = 0; j < N; ++j) V::store_masked(out + (i * N + j) * in.plane, t[j], mask);
+        for (int j = 0; j < N; ++j) {
+          float* to = out + (i * N + j) * in.plane;
+          V::store_masked(to, t[j], mask);
+          // The next channel's, which another thread may have read last.
+          TETRIS_PREFETCH_STORE(to + in.pitch);
+        }
       }
     }
   }
@@ -180,6 +180,18 @@ void winograd_output_impl(const WinogradOutput& out) {
   constexpr int N = M + 2, kStored = Pooled ? M / 2 : M;  // rows and columns of a tile in y
   constexpr int64_t kLanes = V::kLanes;
   float rows[kStored][kStored * kTileVectors<V> * kLanes + kLanes];  // and what a vector reads beyond a run's end
+  // What is stored at the end.
+  TETRIS_NO_UNROLL
+  for (int64_t r = 0; r < out.run_count; ++r) {
+    const WinogradRun& run = out.runs[r];
+    const int64_t bottom = out.height - run.out_row < kStored ? out.height - run.out_row : kStored;
+    float* to = out.y + run.image * out.image_stride + run.out_row * out.width + run.out_column;
+    TETRIS_NO_UNROLL
+    for (int64_t i = 0; i < bottom; ++i, to += out.width) {
+      TETRIS_NO_UNROLL
+      for (int64_t c = 0; c < kStored * run.tiles; c += 16) TETRIS_PREFETCH_STORE(to + c);
+    }
+  }
   TETRIS_NO_UNROLL
   for (int64_t tile = 0; tile < out.tiles; tile += kLanes) {
     const float* from = out.m + tile;
