@@ -102,8 +102,8 @@ def main() -> None:
         # One pool for both sessions: after a run, a session's own threads would go on spinning into the other's time.
         onnxruntime.set_global_thread_pool_sizes(arguments.threads, 1)
     print(
-        f"{'layer':<14} {arguments.baseline + ' ms':>12} {'GFLOP/s':>8} {'sparse ms':>9} {'density':>8} {'speed-up':>8} "
-        "fraction   error"
+        f"{'layer':<14} {arguments.baseline + ' ms':>12} {'GFLOP/s':>8} {'sparse ms':>9} {'density':>8} "
+        f"{'speed-up':>8} fraction   error"
     )
     total_dense = total_sparse = total_ideal = 0.0
     for layer in read_layers(arguments.shapes):
