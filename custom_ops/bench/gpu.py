@@ -2,17 +2,21 @@
 
     python custom_ops/bench/gpu.py --output gpu.json                  # all of it, in under 10 minutes
     python custom_ops/bench/gpu.py --check                            # correctness only
-    python custom_ops/bench/gpu.py --tune --layers conv4 --batch 1    # every tile of some layers
+    python custom_ops/bench/gpu.py --tune --write-tiles custom_ops/cuda/tiles.csv --output tune.json
+    python custom_ops/bench/gpu.py --rehearse                         # the program itself, without a GPU
 
 First correctness: each compiled form of each kernel against numpy in float64, with random kept blocks, permutations,
 strides and paddings, outputs filled with NaN before; a wrong value ends the run. Then single layers of VGG16, each
 against the same layer dense in cuDNN (the faster of NCHW and channels-last, autotuned, same precision) and without
-cuDNN (the baseline of the TETRIS paper). `fraction` = speed-up x density: 1 is a time exactly proportional to the kept
-blocks. Then the whole VGG16 at the densities of Deep Compression.
+cuDNN (the baseline of the TETRIS paper), and the whole VGG16 (densities of Deep Compression) and ResNet-50 (0.27).
+
+`run`: channels-last in and out, the input in order, as inside a run of our layers. `alone`: NCHW in and out with both
+permutations, as for a single layer between dense ones. `fraction` = density x speed-up of `run`: 1 is a time exactly
+proportional to the kept blocks.
 
 Times are medians over replays of a captured CUDA graph, so launches cost what they cost in a deployed model; inputs
-rotate over more memory than the L2 cache holds. All tensors are NCHW outside, as in onnxruntime: our time includes the
-change of layout and back.
+rotate over more memory than the L2 cache holds. The most important points come first (`importance`); those that do not
+fit the time budget (--minutes) are dropped and listed.
 """
 
 from __future__ import annotations
@@ -25,206 +29,30 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from gpu_library import ROOT, TYPES, Sparse, compile_library, max_pool  # beside this file
+from gpu_networks import NETWORKS, Pair
 
-from shapes import Layer, read_layers  # beside this file
+from shapes import Layer, read_layers
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(ROOT / "custom_ops" / "cuda"))
-import build  # noqa: E402  (of the kernels)
-from tests import reference  # noqa: E402  (the oracle)
+import build
 
-TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "f32": torch.float32}
 # Relative to the largest output: rounding of operands (TF32: 11 bits) or of the output, the order of float32 sums.
 TOLERANCES = {"f16": 1e-3, "bf16": 8e-3, "tf32": 1e-3, "f32": 1e-5}
-# Kept share of the weights after Deep Compression (Han, Mao, Dally 2016, table 4).
-DENSITIES = {
-    "conv1_2": 0.22,
-    "conv2_1": 0.34,
-    "conv2_2": 0.36,
-    "conv3_1": 0.53,
-    "conv3_2": 0.24,
-    "conv3_3": 0.42,
-    "conv4_1": 0.32,
-    "conv4_2": 0.27,
-    "conv4_3": 0.34,
-    "conv5_1": 0.35,
-    "conv5_2": 0.29,
-    "conv5_3": 0.36,
-    "fc6": 0.04,
-    "fc7": 0.04,
-    "fc8": 0.23,
-}
-Three = ctypes.c_int64 * 3
-
-
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("device", "type", "last", "has_depth")),
-        *((name, Three) for name in ("kernel", "strides", "dilations", "pads")),
-        *((n, ctypes.c_int64) for n in ("outputs", "inputs", "taps", "block_outputs", "block_inputs", "block_count")),
-        *((n, ctypes.c_void_p) for n in ("blocks", "block_index", "input_perm", "output_perm", "bias")),
-        ("low", ctypes.c_float),
-        ("high", ctypes.c_float),
-    ]
-
-
-def compile_library(folder: Path) -> ctypes.CDLL:
-    """The kernels with the prebuilt images, apart from onnxruntime."""
-    cuda = ROOT / "custom_ops" / "cuda"
-    with tarfile.open(cuda / "prebuilt" / "kernels.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
-    sources = [cuda / f"{name}.cc" for name in ("device", "driver", "images", "pack", "sparse_kernel", "tile_table")]
-    sources.append(Path(__file__).with_name("gpu_library.cc"))
-    library = folder / "libtetris_gpu.so"
-    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O2", "-fPIC", "-shared", f"-I{folder}", "-pthread"]
-    definitions = [f'-DTETRIS_CUDA_KERNELS="{folder}"', f'-DTETRIS_CUDA_TILES="{cuda / "tiles.csv"}"']
-    subprocess.run(
-        [*command, *definitions, *sources, "-o", library, "-ldl", "-Wl,--no-undefined"],
-        check=True,
-    )
-    loaded = ctypes.CDLL(str(library))
-    loaded.tetris_gpu_create.restype = ctypes.c_void_p
-    return loaded
-
-
-class Sparse:
-    """One block-sparse layer on the GPU, made like the op from kept blocks; its dense weight for comparison."""
-
-    def __init__(
-        self,
-        library: ctypes.CDLL,
-        kind: str,
-        weight_shape: Sequence[int],
-        block: tuple[int, int],
-        density: float,
-        rng: np.random.Generator,
-        *,
-        stride: int = 1,
-        pad: int = 0,
-        dilation: int = 1,
-        permuted: bool = True,
-    ) -> None:
-        outputs, inputs, *kernel = weight_shape
-        self.shape, self.kernel, self.stride, self.pad, self.dilation = (
-            tuple(weight_shape),
-            kernel,
-            stride,
-            pad,
-            dilation,
-        )
-        bo, bi = block
-        rows, columns = math.ceil(outputs / bo), math.ceil(inputs / bi)
-        # The same number of kept blocks in each row, to one.
-        kept = max(1, round(density * rows * columns))
-        counts = [kept * (row + 1) // rows - kept * row // rows for row in range(rows)]
-        index = [(r, c) for r, n in enumerate(counts) for c in sorted(rng.choice(columns, n, replace=False))]
-        self.index = np.array(index, np.int64).reshape(-1, 2)
-        self.density = len(index) / (rows * columns)
-        scale = 1 / math.sqrt(max(1.0, density * inputs * math.prod(kernel)))
-        self.blocks = rng.standard_normal((len(index), bo, bi, *kernel), dtype=np.float32) * np.float32(scale)
-        self.blocks = torch.from_numpy(self.blocks).to(TYPES[kind]).float().numpy()  # as the kernel will see them
-        self.input_perm = rng.permutation(inputs) if permuted else np.arange(inputs)
-        self.output_perm = rng.permutation(outputs) if permuted else np.arange(outputs)
-        self.bias = rng.standard_normal(outputs, dtype=np.float32)
-        spatial = [1] * (3 - len(kernel))
-        zero = [0] * (3 - len(kernel))
-        count = len(kernel)
-        description = _Layer(
-            device=0,
-            type=list(TYPES).index(kind),
-            last=not kernel,
-            has_depth=count == 3,
-            kernel=Three(*spatial, *kernel),
-            strides=Three(*spatial, *[stride] * count),
-            dilations=Three(*spatial, *[dilation] * count),
-            pads=Three(*zero, *[pad] * count),
-            outputs=outputs,
-            inputs=inputs,
-            taps=math.prod(kernel),
-            block_outputs=bo,
-            block_inputs=bi,
-            block_count=len(index),
-            low=0.0,
-            high=math.inf,
-        )
-        for name, array in (
-            ("blocks", self.blocks),
-            ("block_index", self.index),
-            ("input_perm", self.input_perm),
-            ("output_perm", self.output_perm),
-            ("bias", self.bias),
-        ):
-            setattr(description, name, array.ctypes.data)
-        self._library, self._text = library, ctypes.create_string_buffer(4096)
-        made = library.tetris_gpu_create(ctypes.byref(description), self._text, ctypes.c_size_t(4096))
-        if not made:
-            raise SystemExit(self._text.value.decode())
-        self._kernel = ctypes.c_void_p(made)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_kernel"):
-            self._library.tetris_gpu_destroy(self._kernel)
-
-    def output_shape(self, x_shape: Sequence[int]) -> tuple[int, ...]:
-        """Of an input of this shape."""
-        if not self.kernel:
-            return (*x_shape[:-1], self.shape[0])
-        size = [
-            (s + 2 * self.pad - (k - 1) * self.dilation - 1) // self.stride + 1
-            for s, k in zip(x_shape[2:], self.kernel, strict=True)
-        ]
-        return (x_shape[0], self.shape[0], *size)
-
-    def __call__(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Enqueue y = op(x) on the current stream."""
-        size = Three(*[1] * (5 - x.dim()), *x.shape[2:]) if self.kernel else Three(1, 1, 1)
-        output = Three(*[1] * (5 - y.dim()), *y.shape[2:]) if self.kernel else Three(1, 1, 1)
-        stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else None
-        failed = self._library.tetris_gpu_run(
-            self._kernel,
-            ctypes.c_uint64(x.data_ptr()),
-            ctypes.c_int64(x.shape[0]),
-            size,
-            output,
-            ctypes.c_uint64(y.data_ptr()),
-            ctypes.c_void_p(stream),
-            self._text,
-            ctypes.c_size_t(4096),
-        )
-        if failed:
-            raise SystemExit(self._text.value.decode())
-
-    def dense_weight(self) -> np.ndarray:
-        """The weight with its zeros."""
-        return reference.dense_weight(self.blocks, self.index, self.input_perm, self.output_perm, self.shape)
-
-    def expected(self, x: np.ndarray) -> np.ndarray:
-        """The oracle's answer, in float64."""
-        arguments = (x, self.blocks, self.index, self.input_perm, self.output_perm, self.bias)
-        if not self.kernel:
-            return reference.block_sparse_gemm(*arguments, weight_shape=self.shape, activation_min=0.0)
-        rank = len(self.kernel)
-        return reference.block_sparse_conv(
-            *arguments,
-            weight_shape=self.shape,
-            activation_min=0.0,
-            strides=[self.stride] * rank,
-            pads=[self.pad] * 2 * rank,
-            dilations=[self.dilation] * rank,
-        )
+# Of a whole network: the roundings of all its layers, in another order on both sides.
+NETWORK_TOLERANCES = {"f16": 2e-2, "bf16": 1e-1, "tf32": 1e-2, "f32": 1e-4}
+TILE_COLUMNS = "sm,type,taps,height,rows,steps,pixels,tile_rows,tile_pixels,splits"
 
 
 def check(library: ctypes.CDLL, device: str) -> int:
@@ -232,45 +60,71 @@ def check(library: ctypes.CDLL, device: str) -> int:
     rng = np.random.default_rng()  # fresh inputs every time
     cases = 0
 
-    def one(kind: str, shape: Sequence[int], block: tuple[int, int], x_shape: Sequence[int], **arguments: Any) -> None:
+    def one(
+        kind: str,
+        shape: Sequence[int],
+        block: tuple[int, int],
+        x_shape: Sequence[int],
+        add: bool = False,
+        last: tuple[bool, bool] = (False, False),
+        **arguments: Any,
+    ) -> None:
         nonlocal cases
-        layer = Sparse(library, kind, shape, block, 0.5, rng, **arguments)
+        layer = Sparse(library, kind, shape, block, 0.5, rng, last=last, **arguments)
+        if last[0] and len(shape) > 2:
+            x_shape = (x_shape[0], *x_shape[2:], x_shape[1])
         x = torch.from_numpy(rng.standard_normal(x_shape, dtype=np.float32)).to(TYPES[kind])
         y = torch.full(layer.output_shape(x_shape), math.nan, dtype=TYPES[kind], device=device)
+        addend = torch.randn(y.shape).to(TYPES[kind]) if add else None
+        there = None if addend is None else addend.to(device)
         x_device = x.to(device)
         for _ in range(2):
-            layer(x_device, y)
-        found, expected = y.float().cpu().numpy(), layer.expected(x.float().numpy())
-        error = np.abs(found - expected).max() / np.abs(expected).max()
+            layer(x_device, y, there)
+        expected = layer.expected(x.float().numpy(), None if addend is None else addend.float().numpy())
+        error = np.abs(y.float().cpu().numpy() - expected).max() / np.abs(expected).max()
         cases += 1
         if not error <= TOLERANCES[kind]:  # NaN too
             tile = os.environ.get("TETRIS_ONNX_CUDA_TILE", "")
-            case = f"{kind} {shape} blocks {block} x {x_shape} {arguments} tile {tile!r}"
+            case = f"{kind} {shape} blocks {block} x {x_shape} last {last} add {add} {arguments} tile {tile!r}"
             raise SystemExit(f"WRONG: {case}: error {error:.2e}")
 
+    both = (True, True)
     for kind in TYPES:
         for block in ((32, 32), (64, 64), (128, 64), (16, 8), (48, 80)):
             for stride, pad, dilation in ((1, 1, 1), (2, 0, 1), (1, 2, 2)):
                 one(kind, (150, 70, 3, 3), block, (2, 70, 13, 11), stride=stride, pad=pad, dilation=dilation)
+                one(kind, (150, 70, 3, 3), block, (2, 70, 13, 11), stride=stride, pad=pad, dilation=dilation, last=both)
+            for last in ((True, False), (False, True), both):
+                one(kind, (150, 70, 3, 3), block, (2, 70, 13, 11), pad=1, last=last, add=True)
+            one(kind, (150, 70, 3, 3), block, (2, 70, 13, 11), pad=1, add=True)
             one(kind, (150, 70, 1, 1), block, (2, 70, 13, 11), stride=2)
             one(kind, (150, 70, 5, 5), block, (1, 70, 13, 11), pad=2)
+            one(kind, (150, 70, 5, 5), block, (1, 70, 13, 11), pad=2, last=both, add=True)
             one(kind, (150, 70, 3), block, (2, 70, 40), pad=1)
             one(kind, (70, 36, 3, 3, 3), block, (2, 36, 5, 6, 7), pad=1)
             one(kind, (150, 256), block, (5, 256))
-            one(kind, (150, 256), block, (300, 256), permuted=False)
+            one(kind, (150, 256), block, (300, 256), permuted=(False, False))
             one(kind, (512, 512, 3, 3), block, (1, 512, 14, 14), pad=1)
+            one(kind, (512, 512, 3, 3), block, (1, 512, 14, 14), pad=1, last=both, permuted=(False, True))
     for variant in build.variants():
         if variant.kernel != "block_sparse_conv":
             continue
         splits = 3 if variant.layout == "split" else 1
         os.environ["TETRIS_ONNX_CUDA_TILE"] = f"{variant.bm}x{variant.bn}x{splits}"
         block = (variant.bm, max(32, variant.bk)) if variant.bm > 32 else (32, 32)
-        if variant.layout == "nhwc":
-            one(variant.type, (variant.bm * 2 + 20, 140), block, (variant.bn * 2 + 30, 140))
-        else:
-            k = {1: 1, 9: 3, 0: 2}[variant.taps]
-            one(variant.type, (variant.bm * 2 + 20, 140, k, k), block, (3, 140, 9, variant.bn // 4), pad=k // 2)
+        k = {1: 1, 9: 3, 0: 2}[variant.taps]
+        last = (variant.layout == "nhwc",) * 2
+        shape = (variant.bm * 2 + 20, 140, k, k)
+        one(variant.type, shape, block, (3, 140, 9, variant.bn // 4), pad=k // 2, last=last)
     os.environ.pop("TETRIS_ONNX_CUDA_TILE", None)
+    for kind, (window, stride, pad) in itertools.product(("f16", "bf16", "f32"), ((2, 2, 0), (3, 2, 1), (3, 1, 1))):
+        x = torch.randn(3, 13, 11, 70).to(TYPES[kind])
+        expected = F.max_pool2d(x.float().permute(0, 3, 1, 2), window, stride, pad).permute(0, 2, 3, 1)
+        y = torch.full(expected.shape, math.nan, dtype=TYPES[kind], device=device)
+        max_pool(library, kind, x.to(device), y, window, stride, pad)
+        cases += 1
+        if not torch.equal(y.float().cpu(), expected):
+            raise SystemExit(f"WRONG: max_pool {kind} {window} {stride} {pad}")
     return cases
 
 
@@ -320,10 +174,15 @@ def copies_of(x: torch.Tensor) -> list[torch.Tensor]:
     return [torch.randn_like(x) for _ in range(count)]
 
 
-def dense_us(layer: Layer, kind: str, batch: int, device: str, seconds: float) -> dict[str, float]:
-    """The dense layer with Relu in PyTorch: NCHW and channels-last through cuDNN, and without cuDNN."""
+def same_precision(kind: str) -> None:
+    """Let PyTorch use TF32 exactly where we do, and try all of cuDNN's algorithms."""
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+
+
+def dense_us(layer: Layer, kind: str, batch: int, device: str, seconds: float) -> dict[str, float]:
+    """The dense layer with Relu in PyTorch: NCHW and channels-last through cuDNN, and without cuDNN."""
+    same_precision(kind)
     options = {"dtype": TYPES[kind], "device": device}
     bias = torch.randn(layer.outputs, **options)
     times: dict[str, float] = {}
@@ -349,125 +208,232 @@ def dense_us(layer: Layer, kind: str, batch: int, device: str, seconds: float) -
     return times
 
 
-def sparse_us(layer: Sparse, x_shape: Sequence[int], kind: str, device: str, seconds: float) -> float:
+def sparse_us(ours: Sparse, layer: Layer, batch: int, kind: str, device: str, seconds: float) -> float:
     """Our layer."""
+    x_shape = (batch, *layer.map_size, layer.inputs) if ours.last[0] else (batch, layer.inputs, *layer.map_size)
     inputs = copies_of(torch.empty(x_shape, dtype=TYPES[kind], device=device))
-    outputs = [torch.empty(layer.output_shape(x_shape), dtype=TYPES[kind], device=device) for _ in inputs]
-    return median_us([lambda x=x, y=y: layer(x, y) for x, y in zip(inputs, outputs, strict=True)], seconds)
+    outputs = [torch.empty(ours.output_shape(x_shape), dtype=TYPES[kind], device=device) for _ in inputs]
+    return median_us([lambda x=x, y=y: ours(x, y) for x, y in zip(inputs, outputs, strict=True)], seconds)
 
 
-def make(library: ctypes.CDLL, layer: Layer, kind: str, block: int, density: float, rng: np.random.Generator) -> Sparse:
-    """A layer of the shapes file. Permuted both ways: that is the usual case."""
+def make(library: ctypes.CDLL, layer: Layer, kind: str, block: int, density: float, in_run: bool) -> Sparse:
+    """A layer of the shapes file, inside a run of our layers or alone."""
     kernel = (layer.kernel, layer.kernel) if layer.is_conv else ()
-    size = (min(block, layer.outputs), min(block, layer.inputs))
     return Sparse(
-        library, kind, (layer.outputs, layer.inputs, *kernel), size, density, rng, stride=layer.stride, pad=layer.pad
+        library,
+        kind,
+        (layer.outputs, layer.inputs, *kernel),
+        (min(block, layer.outputs), min(block, layer.inputs)),
+        density,
+        np.random.default_rng(0),
+        stride=layer.stride,
+        pad=layer.pad,
+        permuted=(not in_run, True),
+        last=(in_run and layer.is_conv,) * 2,
     )
 
 
-def whole_vgg16(
-    library: ctypes.CDLL, layers: Sequence[Layer], kind: str, batch: int, block: int, device: str, seconds: float
-) -> dict[str, Any]:
-    """VGG16 with random weights: dense (channels-last) and at Deep Compression's densities. conv1_1 is always dense."""
-    rng = np.random.default_rng(0)
-    options = {"dtype": TYPES[kind], "device": device}
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
-    size = 224 if device == "cuda" else 32
-    image = torch.randn(batch, 3, size, size, **options)
-    first = torch.randn(64, 3, 3, 3, **options)
-    pooled = {"conv1_2", "conv2_2", "conv3_3", "conv4_3", "conv5_3"}
-    sparse = [(layer, make(library, layer, kind, block, DENSITIES[layer.name], rng)) for layer in layers]
+@dataclass(frozen=True)
+class Point:
+    """One thing to time: a layer, or with no layer a network at its own densities in blocks of 64."""
 
-    def run(sparse_layers: bool) -> torch.Tensor:
-        memory = torch.contiguous_format if sparse_layers else torch.channels_last
-        x = F.conv2d(image.contiguous(memory_format=memory), first, padding=1).relu_()
-        for layer, ours in sparse:
-            if not layer.is_conv and x.dim() == 4:
-                x = F.adaptive_avg_pool2d(x, 7).flatten(1)
-            if sparse_layers:
-                y = torch.empty(ours.output_shape(x.shape), **options)
-                ours(x.contiguous(), y)
-                x = y
-            elif layer.is_conv:
-                x = F.conv2d(x, weights[layer.name], padding=layer.pad).relu_()
-            else:
-                x = F.linear(x, weights[layer.name]).relu_()
-            if layer.name in pooled:
-                x = F.max_pool2d(x, 2)
-        return x
+    kind: str
+    batch: int
+    network: str = ""
+    layer: Layer | None = None
+    block: int = 64
+    density: float = 0.0
 
-    weights = {}
-    for layer, ours in sparse:
-        weight = torch.from_numpy(ours.dense_weight()).to(**options)
-        weights[layer.name] = weight.contiguous(memory_format=torch.channels_last) if layer.is_conv else weight
-    with torch.no_grad():
-        ours_us = median_us([lambda: run(True)], seconds)
-        dense = median_us([lambda: run(False)], seconds)
-    return {"model": "vgg16", "type": kind, "batch": batch, "block": block, "dense_us": dense, "sparse_us": ours_us}
+    @property
+    def importance(self) -> float:
+        """The smallest is first: networks; batch 8, density .27, 64 x 64 blocks, float16, large 3x3 layers."""
+        rank = {8: 0, 1: 1, 64: 2}.get(self.batch, 3) + (self.kind != "f16") * 0.5
+        if self.layer is None:
+            return rank + (self.network != "vgg16") * 0.5 - 1
+        rank += {0.27: 0, 0.5: 1, 0.1: 2}.get(self.density, 3) + {64: 0, 128: 1, 32: 2}.get(self.block, 3)
+        return rank + (2 if not self.layer.is_conv else 1 if self.layer.inputs < 256 else 0)
+
+    def __str__(self) -> str:
+        layer = "" if self.layer is None else f"{self.layer.name} {self.block}x{self.block} density {self.density}"
+        return f"{self.network or layer}, {self.kind}, batch {self.batch}"
 
 
-def main() -> None:
-    """Check, then time."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shapes", type=Path, default=Path(__file__).with_name("vgg16.txt"))
-    parser.add_argument("--types", nargs="+", choices=list(TYPES), default=["f16", "tf32"])
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64])
-    parser.add_argument("--density", nargs="+", type=float, default=[0.5, 0.27, 0.1])
-    parser.add_argument("--block-size", nargs="+", type=int, default=[32, 64, 128])
-    parser.add_argument("--layers", default="", help="only the layers whose name holds this")
-    parser.add_argument("--seconds", type=float, default=0.03, help="for each time")
-    parser.add_argument("--output", type=Path, help="all results, as JSON")
-    parser.add_argument("--check", action="store_true", help="correctness only")
-    parser.add_argument("--tune", action="store_true", help="every tile and number of splits of each layer")
-    parser.add_argument("--rehearse", action="store_true", help="no GPU: the stand-in driver, to test this program")
-    arguments = parser.parse_args()
-    if not arguments.rehearse and not torch.cuda.is_available():
-        raise SystemExit("no CUDA device, or this PyTorch is built without CUDA")
-    device = "cpu" if arguments.rehearse else "cuda"
-    layers = [layer for layer in read_layers(arguments.shapes) if arguments.layers in layer.name]
-    results: dict[str, Any] = {"device": "none" if arguments.rehearse else torch.cuda.get_device_name(), "rows": []}
-    with tempfile.TemporaryDirectory() as folder:
-        if arguments.rehearse:
-            driver = rehearse(Path(folder))
-        library = compile_library(Path(folder))
+@dataclass
+class Budget:
+    """The time that is left, and what a point of each sort took so far."""
+
+    end: float
+    taken: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
+    dropped: list[Point] = field(default_factory=list)
+
+    def estimate(self, point: Point) -> float:
+        """Seconds; before any is measured, a guess."""
+        known = self.taken[point.layer is None]
+        return statistics.mean(known[-20:]) if known else 20.0 if point.layer is None else 0.6
+
+    def fits(self, point: Point) -> bool:
+        """Whether there is time for a point; else it is dropped."""
+        if time.perf_counter() + self.estimate(point) <= self.end:
+            return True
+        self.dropped.append(point)
+        return False
+
+
+class Bench:
+    """What the points share: layers that are made, dense times that are known."""
+
+    def __init__(self, library: ctypes.CDLL, device: str, seconds: float, shapes: dict[str, dict[str, Layer]]) -> None:
+        self.library, self.device, self.seconds, self._shapes = library, device, seconds, shapes
+        self._dense: dict[tuple[str, str, int], dict[str, float]] = {}
+        self._made: dict[tuple[str, str, int, float, bool], Sparse] = {}
+        self._pairs: dict[tuple[str, str], Pair] = {}
+
+    def row(self, point: Point) -> dict[str, Any]:
+        """Time a point."""
+        common = {"type": point.kind, "batch": point.batch, "block": point.block}
+        if point.layer is None:
+            return {"network": point.network, **common, **self._network(point)}
+        layer, kind = point.layer, point.kind
+        key = layer.name, kind, point.batch
+        if key not in self._dense:
+            self._dense[key] = dense_us(layer, kind, point.batch, self.device, self.seconds)
+        dense = self._dense[key]
+        times, density = {}, 0.0
+        for name, in_run in (("run", True), ("alone", False)):
+            made = (layer.name, kind, point.block, point.density, in_run)
+            if made not in self._made:
+                self._made[made] = make(self.library, layer, kind, point.block, point.density, in_run)
+            ours = self._made[made]
+            density = ours.density
+            times[name] = sparse_us(ours, layer, point.batch, kind, self.device, self.seconds)
+        best = min(us for name, us in dense.items() if name != "no_cudnn")
+        row = {"layer": layer.name, **common, "density": density, "dense_us": dense, "sparse_us": times}
+        return row | {"speedup": best / times["run"], "fraction": best / times["run"] * density}
+
+    def _network(self, point: Point) -> dict[str, Any]:
+        key = point.network, point.kind
+        if key not in self._pairs:
+            size = 224 if self.device == "cuda" else 64
+            layers = self._shapes[point.network]
+            self._pairs[key] = Pair(self.library, point.network, layers, point.kind, point.block, self.device, size)
+        pair = self._pairs[key]
+        same_precision(point.kind)
+        with torch.no_grad():
+            image = pair.image(point.batch)
+            expected, y = pair.dense(image).float(), pair.sparse(image).float()
+            error = float((y - expected).abs().max() / expected.abs().max())
+            if not error <= NETWORK_TOLERANCES[point.kind]:
+                raise SystemExit(f"WRONG: {point}: error {error:.2e}")
+            times = {"run": median_us([lambda: pair.sparse(image)], 10 * self.seconds)}
+            dense = {"channels_last": median_us([lambda: pair.dense(image)], 10 * self.seconds)}
+            with torch.backends.cudnn.flags(enabled=False):
+                dense["no_cudnn"] = median_us([lambda: pair.dense(image)], 10 * self.seconds)
+        return {"dense_us": dense, "sparse_us": times, "speedup": dense["channels_last"] / times["run"], "error": error}
+
+
+def points_of(arguments: argparse.Namespace, layers: Sequence[Layer]) -> list[Point]:
+    """All that is asked for, the most important first."""
+    made = [
+        Point(kind, batch, layer=layer, block=block, density=density)
+        for kind, batch, layer, block, density in itertools.product(
+            arguments.types, arguments.batch, layers, arguments.block_size, arguments.density
+        )
+        # A block that is larger than the layer is the one of the layer's size.
+        if block == min(arguments.block_size) or block <= max(layer.outputs, layer.inputs)
+    ]
+    if not arguments.layers:
+        made += [Point(k, b, network=n) for k, b, n in itertools.product(arguments.types, arguments.batch, NETWORKS)]
+    return sorted(made, key=lambda point: point.importance)
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """One line."""
+    dense, ours = row["dense_us"], row["sparse_us"]
+    best = min(us for name, us in dense.items() if name != "no_cudnn")
+    name = row.get("layer") or row["network"]
+    print(
+        f"{name:<10}{row['type']:>5}{row['batch']:>6}{row['block']:>6}{row.get('density', math.nan):>8.2f}{best:>11.1f}"
+        f"{dense.get('no_cudnn', math.nan):>11.1f}{ours['run']:>10.1f}{ours.get('alone', math.nan):>10.1f}"
+        f"{row['speedup']:>9.2f}{row.get('fraction', math.nan):>9.2f}",
+        flush=True,
+    )
+
+
+def run_points(bench: Bench, points: Sequence[Point], budget: Budget) -> list[dict[str, Any]]:
+    """Time as many as the budget allows."""
+    seconds, left = sum(budget.estimate(point) for point in points), budget.end - time.perf_counter()
+    print(f"{len(points)} points, about {seconds:.0f} s; {left:.0f} s of the budget are left")
+    header = ("layer", "type", "batch", "block", "density", "dense us", "no cuDNN", "run us", "alone us", "speed-up")
+    print("{:<10}{:>5}{:>6}{:>6}{:>8}{:>11}{:>11}{:>10}{:>10}{:>9}".format(*header) + " fraction", flush=True)
+    rows = []
+    for point in points:
+        if budget.fits(point):
+            start = time.perf_counter()
+            rows.append(bench.row(point))
+            print_row(rows[-1])
+            budget.taken[point.layer is None].append(time.perf_counter() - start)
+    if budget.dropped:
+        print(f"dropped for lack of time: {len(budget.dropped)} points of {len(points)}, the least important:")
+        for point in budget.dropped:
+            print(f"  {point}")
+    return rows
+
+
+def tune(bench: Bench, arguments: argparse.Namespace, layers: Sequence[Layer], budget: Budget) -> list[dict[str, Any]]:
+    """Time each tile and number of splits of each layer; print the fastest beside what the library chooses."""
+    rows = []
+    variants = [v for v in build.variants() if v.kernel == "block_sparse_conv"]
+    for point in points_of(arguments, [layer for layer in layers if layer.is_conv]):
+        layer = point.layer
+        if layer is None or not budget.fits(point):
+            continue
         start = time.perf_counter()
-        print(f"{check(library, device)} cases correct, {time.perf_counter() - start:.0f} s", flush=True)
-        if arguments.rehearse:
-            assert driver.errors == [], driver.errors[0]
-        if arguments.check:
-            return
-        rng = np.random.default_rng(0)
-        print(f"{'layer':<10}{'type':>5}{'batch':>6}{'dense us':>10}{'no cuDNN':>10}", end="")
-        print("   block density: us, speed-up, fraction", flush=True)
-        for kind, layer in itertools.product(arguments.types, layers):
-            made = {
-                (b, d): make(library, layer, kind, b, d, rng) for b in arguments.block_size for d in arguments.density
-            }
-            for batch in arguments.batch:
-                x_shape = (batch, layer.inputs, *layer.map_size)
-                dense = dense_us(layer, kind, batch, device, arguments.seconds)
-                best = min(us for name, us in dense.items() if name != "no_cudnn")
-                print(
-                    f"{layer.name:<10}{kind:>5}{batch:>6}{best:>10.1f}{dense.get('no_cudnn', math.nan):>10.1f}", end=" "
-                )
-                for (block, density), ours in made.items():
-                    us = sparse_us(ours, x_shape, kind, device, arguments.seconds)
-                    row = {"layer": layer.name, "type": kind, "batch": batch, "block": block, "density": ours.density}
-                    row |= {"dense_us": dense, "sparse_us": us, "fraction": best / us * ours.density}
-                    results["rows"].append(row)
-                    print(f" | {block} {density}: {us:.1f} {best / us:.2f}x {row['fraction']:.2f}", end="", flush=True)
-                print()
-                if arguments.tune:
-                    results["rows"] += tune(library, layer, kind, batch, arguments, device)
-            del made
-        if not arguments.layers and not arguments.tune:
-            for kind, batch, block in itertools.product(arguments.types, arguments.batch, (64,)):
-                row = whole_vgg16(library, layers, kind, batch, block, device, 10 * arguments.seconds)
-                results["rows"].append(row)
-                speedup = row["dense_us"] / row["sparse_us"]
-                print(f"VGG16 {kind} batch {batch}: {row['dense_us']:.0f} -> {row['sparse_us']:.0f} us, {speedup:.2f}x")
-    if arguments.output:
-        arguments.output.write_text(json.dumps(results, indent=1))
+        taps = {1: 1, 3: 9}.get(layer.kernel, 0)
+        own = [v for v in variants if v.type == point.kind and v.taps == taps and point.block % v.bm == 0]
+        choices = {(v.bm, v.bn, 1) for v in own if v.layout == "nhwc"}
+        choices |= {(v.bm, v.bn, s) for v in own if v.layout == "split" for s in (2, 4, 8, 16)}
+
+        def timed(tile: tuple[int, ...], point: Point = point, layer: Layer = layer) -> tuple[Sparse, float]:
+            os.environ["TETRIS_ONNX_CUDA_TILE"] = "x".join(map(str, tile))
+            ours = make(bench.library, layer, point.kind, point.block, point.density, True)
+            return ours, sparse_us(ours, layer, point.batch, point.kind, bench.device, bench.seconds)
+
+        times = {tile: timed(tile)[1] for tile in sorted(choices)}
+        ours, chosen = timed((0, 0, 0))
+        os.environ.pop("TETRIS_ONNX_CUDA_TILE")
+        best = min(times, key=times.__getitem__)
+        output = ours.output_shape((point.batch, *layer.map_size, layer.inputs))
+        pixels = point.batch * math.prod(output[1:-1])
+        sm, _, height, packed_rows, steps = ours.describe(pixels)
+        row = {"sm": sm, "type": point.kind, "taps": taps, "height": height, "rows": packed_rows, "steps": steps}
+        row |= {"pixels": pixels, "tile": list(best), "us": times[best], "chosen_us": chosen, "point": str(point)}
+        rows.append(row | {"all": {"x".join(map(str, tile)): us for tile, us in times.items()}})
+        print(f"{point}: best {best} {times[best]:.1f} us, the library's choice {chosen:.1f} us", flush=True)
+        budget.taken[False].append(time.perf_counter() - start)
+    for point in budget.dropped:
+        print(f"dropped for lack of time: {point}")
+    return rows
+
+
+def write_tiles(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Put tuned choices into the table at ``path``, in the place of those for the same GPU and types."""
+    lines = path.read_text().splitlines() if path.exists() else [TILE_COLUMNS]
+    head = [line for line in lines if line.startswith(("#", "sm,"))]
+    replaced = {(str(row["sm"]), row["type"]) for row in rows}
+    kept = [line for line in lines if line not in head and tuple(line.split(",")[:2]) not in replaced]
+    keys = ("sm", "type", "taps", "height", "rows", "steps", "pixels")
+    made = {tuple(row[key] for key in keys): row["tile"] for row in rows}
+    new = [",".join(map(str, (*key, *tile))) for key, tile in sorted(made.items())]
+    head = [line for line in head if not line.startswith("# Empty")]
+    path.write_text("\n".join([*head, *kept, *new]) + "\n")
+
+
+def shrunk(layer: Layer, name: str) -> Layer:
+    """A small layer for a rehearsal: an eighth of the channels, a sixteenth of the map."""
+    fewer = replace(layer, outputs=max(layer.outputs // 8, 8), inputs=max(layer.inputs // 8, 8))
+    if name == "vgg16" and layer.name == "fc6":
+        return replace(fewer, inputs=64 * 49)
+    return replace(fewer, map_size=tuple(max(size // 16, 3) for size in layer.map_size))
 
 
 def rehearse(folder: Path) -> Any:
@@ -481,30 +447,61 @@ def rehearse(folder: Path) -> Any:
     return driver
 
 
-def tune(
-    library: ctypes.CDLL, layer: Layer, kind: str, batch: int, arguments: argparse.Namespace, device: str
-) -> list[dict[str, Any]]:
-    """Time each tile and number of splits; print the best and what the library chooses."""
-    rows = []
-    shapes = sorted({(v.bm, v.bn) for v in build.variants() if v.kernel == "block_sparse_conv" and v.type == kind})
-    for block, density in itertools.product(arguments.block_size, arguments.density):
-        times = {}
-        for (bm, bn), splits in itertools.product([(0, 0), *shapes], (0, 1, 2, 4, 8, 16)):
-            if bm > block or block % (bm or 1) != 0 or ((bm, splits) != (0, 0) and 0 in (bm, splits)):
-                continue
-            os.environ["TETRIS_ONNX_CUDA_TILE"] = f"{bm}x{bn}x{splits}"
-            ours = make(library, layer, kind, block, density, np.random.default_rng(0))
-            x_shape = (batch, layer.inputs, *layer.map_size)
-            times[bm, bn, splits] = sparse_us(ours, x_shape, kind, device, arguments.seconds)
-        os.environ.pop("TETRIS_ONNX_CUDA_TILE", None)
-        best = min(times, key=times.__getitem__)
-        print(
-            f"    tune {block} {density}: best {best} {times[best]:.1f} us, chosen {times[0, 0, 0]:.1f} us", flush=True
-        )
-        for tile, us in times.items():
-            row = {"layer": layer.name, "type": kind, "batch": batch, "block": block, "density": density}
-            rows.append(row | {"tile": tile, "us": us})
-    return rows
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--types", nargs="+", choices=list(TYPES), default=["f16", "tf32"])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--density", nargs="+", type=float, default=[0.5, 0.27, 0.1])
+    parser.add_argument("--block-size", nargs="+", type=int, default=[32, 64, 128])
+    parser.add_argument("--layers", default="", help="only the layers of VGG16 whose name holds this, and no networks")
+    parser.add_argument("--seconds", type=float, default=0.03, help="for each time")
+    parser.add_argument("--minutes", type=float, default=9.5, help="the budget for all, from the start")
+    parser.add_argument("--output", type=Path, help="all results, as JSON")
+    parser.add_argument("--check", action="store_true", help="correctness only")
+    parser.add_argument("--tune", action="store_true", help="every tile and number of splits of each layer instead")
+    parser.add_argument("--write-tiles", type=Path, metavar="CSV", help="with --tune: put the fastest into this table")
+    parser.add_argument("--rehearse", action="store_true", help="no GPU: the stand-in driver, small layers")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Check, then time."""
+    arguments = parse_arguments()
+    budget = Budget(time.perf_counter() + 60 * arguments.minutes)
+    if not arguments.rehearse and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device, or this PyTorch is built without CUDA")
+    device = "cpu" if arguments.rehearse else "cuda"
+    if arguments.rehearse:
+        print("a rehearsal: the times mean nothing")
+    here = Path(__file__).parent
+    shapes = {name: {layer.name: layer for layer in read_layers(here / f"{name}.txt")} for name in NETWORKS}
+    if arguments.rehearse:
+        torch.set_num_threads(1)
+        shapes = {name: {n: shrunk(layer, name) for n, layer in table.items()} for name, table in shapes.items()}
+    layers = [layer for name, layer in shapes["vgg16"].items() if arguments.layers in name]
+    if arguments.rehearse:
+        layers = layers[::5]
+    results: dict[str, Any] = {"device": "none" if arguments.rehearse else torch.cuda.get_device_name(), "rows": []}
+    with tempfile.TemporaryDirectory() as folder:
+        driver = rehearse(Path(folder)) if arguments.rehearse else None
+        library = compile_library(Path(folder))
+        start = time.perf_counter()
+        print(f"{check(library, device)} cases correct, {time.perf_counter() - start:.0f} s", flush=True)
+        bench = Bench(library, device, arguments.seconds, shapes)
+        if arguments.tune:
+            results["rows"] = tune(bench, arguments, layers, budget)
+            if arguments.write_tiles:
+                write_tiles(arguments.write_tiles, results["rows"])
+                os.environ["TETRIS_ONNX_CUDA_TILES"] = str(arguments.write_tiles.resolve())
+                Sparse(library, arguments.types[0], (64, 64), (64, 64), 1.0, np.random.default_rng(0))  # it can be read
+        elif not arguments.check:
+            results["rows"] = run_points(bench, points_of(arguments, layers), budget)
+        if driver is not None:
+            assert driver.errors == [], driver.errors[0]
+    results["dropped"] = [str(point) for point in budget.dropped]
+    if arguments.output:
+        arguments.output.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
