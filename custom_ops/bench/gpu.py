@@ -389,7 +389,9 @@ def tune(bench: Bench, arguments: argparse.Namespace, layers: Sequence[Layer], b
             continue
         start = time.perf_counter()
         taps = {1: 1, 3: 9}.get(layer.kernel, 0)
-        own = [v for v in variants if v.type == point.kind and v.taps == taps and point.block % v.bm == 0]
+        height = make(bench.library, layer, point.kind, point.block, point.density, True).describe(1)[2]
+        depth = 64 if height >= 64 and build.ITEM_SIZES[point.kind] == 2 else 32
+        own = [v for v in variants if v.type == point.kind and v.taps == taps and v.bk == depth and height % v.bm == 0]
         choices = {(v.bm, v.bn, 1) for v in own if v.layout == "nhwc"}
         choices |= {(v.bm, v.bn, s) for v in own if v.layout == "split" for s in (2, 4, 8, 16)}
 
@@ -404,7 +406,7 @@ def tune(bench: Bench, arguments: argparse.Namespace, layers: Sequence[Layer], b
         best = min(times, key=times.__getitem__)
         output = ours.output_shape((point.batch, *layer.map_size, layer.inputs))
         pixels = point.batch * math.prod(output[1:-1])
-        sm, _, height, packed_rows, steps = ours.describe(pixels)
+        sm, _, _, packed_rows, steps = ours.describe(pixels)
         row = {"sm": sm, "type": point.kind, "taps": taps, "height": height, "rows": packed_rows, "steps": steps}
         row |= {"pixels": pixels, "tile": list(best), "us": times[best], "chosen_us": chosen, "point": str(point)}
         rows.append(row | {"all": {"x".join(map(str, tile)): us for tile, us in times.items()}})

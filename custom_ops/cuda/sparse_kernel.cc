@@ -126,7 +126,12 @@ SparseKernel::Plan SparseKernel::plan(int64_t pixels, bool must_split) const {
   const int64_t processors = device_.multiprocessors(), steps = most_tiles_ * taps_;
   int64_t bm = forced_bm_, bn = forced_bn_, forced_splits = forced_splits_;
   if (bm == 0 && bn == 0 && forced_splits == 0) {
-    if (const TileChoice* choice = find_choice(choices_, describe(pixels))) {
+    const TileChoice* choice = find_choice(choices_, describe(pixels));
+    const std::vector<Candidate>& among = choice != nullptr && choice->splits > 1 ? split_ : whole_;
+    const bool compiled = std::any_of(among.begin(), among.end(), [&](const Candidate& candidate) {
+      return choice != nullptr && candidate.tile->bm == choice->bm && candidate.tile->bn == choice->bn;
+    });
+    if (compiled) {
       bm = choice->bm;
       bn = choice->bn;
       forced_splits = choice->splits;
