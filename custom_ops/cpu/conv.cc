@@ -18,7 +18,9 @@ constexpr int64_t kWholeBytes = 2 << 20;
 // at the upper and the lower edge, which need a mask for each tap, weigh less than the copy.
 constexpr int64_t kPanelPixels = 28 * 28;
 // Work items that every thread should find, so that a late one costs little.
-constexpr int64_t kItemsPerThread = 4;
+constexpr int64_t kItemsPerThread = 16;
+// Strips that each thread should find where it makes the panels of its own.
+constexpr int64_t kStagesPerThread = 4;
 constexpr size_t kMaxPlans = 8;
 // Floats after the packed weights that prefetches may name.
 constexpr size_t kPrefetchPadding = 8192;
@@ -164,12 +166,6 @@ ConvKernel::ConvKernel(const ConvAttributes& attributes, const BlockSparseWeight
       }
     }
   }
-
-  heaviest_first_.resize(block_rows_.size());
-  std::iota(heaviest_first_.begin(), heaviest_first_.end(), size_t{0});
-  std::stable_sort(heaviest_first_.begin(), heaviest_first_.end(), [this](size_t a, size_t b) {
-    return block_rows_[a].channel_count > block_rows_[b].channel_count;
-  });
 }
 
 ConvKernel::~ConvKernel() = default;
@@ -309,6 +305,7 @@ void ConvKernel::read_in_place(Plan& plan) const {
   const int64_t tiles = ceil_div(plan.output_plane, tile_pixels);
   int64_t strips = input_bytes <= kWholeBytes ? 1 : ceil_div(input_bytes, 2 * kStripBytes) * 2;
   strips = std::min(strips, tiles);
+  if (plan.band_rows > 0) strips = ceil_div(tiles, std::max<int64_t>(1, tiles / strips));  // of as many bands each
   for (int64_t s = 0; s < strips; ++s) {
     const int64_t begin = tiles * s / strips * tile_pixels;
     const int64_t end = std::min(tiles * (s + 1) / strips * tile_pixels, plan.output_plane);
@@ -433,11 +430,16 @@ void ConvKernel::add_tiles(Plan& plan, int64_t source, int64_t pixel, int64_t pi
 
 // How many rows of a map a band has: an even number whose pixels fill the tiles, of little memory.
 int64_t ConvKernel::choose_band_rows(int64_t rows, int64_t width) const {
+  // Vectors of `pixels` pixels: the last tile of a band is as long as any if it has one or two.
   const int64_t tile = kernels_.conv_vectors * kernels_.lanes;
-  int64_t best = 2, fewest = INT64_MAX;
+  auto cost = [&](int64_t pixels) {
+    const int64_t vectors = ceil_div(pixels % tile, kernels_.lanes);
+    return pixels / tile * kernels_.conv_vectors + (vectors == 0 ? 0 : (vectors + kernels_.conv_vectors) / 2);
+  };
+  int64_t best = 2, least = INT64_MAX;
   for (int64_t band = 2; band <= rows && (band == 2 || band * width <= kBandPixels); band += 2) {
-    const int64_t tiles = rows / band * ceil_div(band * width, tile) + ceil_div(rows % band * width, tile);
-    if (tiles < fewest) best = band, fewest = tiles;
+    const int64_t all = rows / band * cost(band * width) + cost(rows % band * width);
+    if (all < least) best = band, least = all;
   }
   return best;
 }
@@ -486,20 +488,23 @@ void ConvKernel::add_masks(Plan& plan) const {
 }
 
 // One run, divided into work items. A stage is one strip of one image.
-//   direct: an item is (stage, part of the tiles, block row or all block rows);
 //   panel, many stages: an item is a stage; the thread makes the panel in its own scratch memory;
-//   panel, few stages: all threads make the panels, then items are as in direct.
+//   direct, or panel, few stages (all threads make the panels): an item is (stage, some of its tiles, block row).
+// Threads take neighboring items. In the order (tiles, block row) each has a part of the map to itself, which it wrote in
+// the layer before; in the order (block row, tiles) a part of the weights. What is larger should stay where it is.
 struct ConvKernel::Work {
   const ConvKernel& kernel;
   const Plan& plan;
   const float *x, *addend;
   float* y;
   int64_t groups = 1, prepare_items = 0, compute_items = 0;
-  int64_t stages = 0, parts = 1, row_items = 1;
+  int64_t stages = 0;
+  int64_t parts = 1, rows = 1;  // items in a stage: parts of its tiles (of its bands, if pooled) by block rows
+  bool rows_first = false;      // items are in the order (block row, part)
   float* panels = nullptr;  // of all stages, or null
   const Quantization* quantized = nullptr;  // of each image (kInt8)
 
-  int64_t group_of(int64_t item) const { return item / (parts * row_items); }
+  int64_t group_of(int64_t item) const { return item / (parts * rows); }
 
   void prepare(int64_t stage, int64_t item) {
     const int64_t used = static_cast<int64_t>(kernel.used_.size());
@@ -509,8 +514,7 @@ struct ConvKernel::Work {
 
   void compute(int64_t item) {
     const int64_t stage = group_of(item);
-    const int64_t part = item / row_items % parts;
-    const int64_t row_item = item % row_items;
+    const int64_t part = rows_first ? item % parts : item / rows % parts;
     const Plan::Strip& strip = plan.strips[static_cast<size_t>(stage) % plan.strips.size()];
     const int64_t image = stage / static_cast<int64_t>(plan.strips.size());
     const float* source = x + image * kernel.inputs_ * plan.input_plane;
@@ -527,13 +531,13 @@ struct ConvKernel::Work {
     const bool pooled = plan.band_rows > 0;
     const size_t first = pooled ? strip.band_begin : strip.tile_begin;
     const int64_t count = static_cast<int64_t>((pooled ? strip.band_end : strip.tile_end) - first);
+    const int64_t offset = image * kernel.outputs_ * plan.result_plane;
     const size_t begin = first + static_cast<size_t>(count * part / parts);
     const size_t end = first + static_cast<size_t>(count * (part + 1) / parts);
-    const int64_t offset = image * kernel.outputs_ * plan.result_plane;
-    const size_t rows = row_items == 1 ? kernel.block_rows_.size() : 1;
-    for (size_t i = 0; i < rows; ++i) {
-      const BlockRow& block_row =
-          kernel.block_rows_[row_items == 1 ? i : kernel.heaviest_first_[static_cast<size_t>(row_item)]];
+    const int64_t row = rows == 1 ? 0 : rows_first ? item / parts % rows : item % rows;
+    const int64_t row_end = rows == 1 ? static_cast<int64_t>(kernel.block_rows_.size()) : row + 1;
+    for (int64_t r = row; r < row_end; ++r) {
+      const BlockRow& block_row = kernel.block_rows_[static_cast<size_t>(r)];
       if (pooled) {
         run_bands(block_row, image, source, y + offset, begin, end);
       } else {
@@ -728,7 +732,7 @@ struct ConvKernel::Work {
 std::vector<Quantization> ConvKernel::quantize_images(const float* x, int64_t batch, int64_t plane,
                                                       const ThreadPool& pool) const {
   const int64_t used = static_cast<int64_t>(used_.size());
-  const int64_t per_image = std::clamp<int64_t>(used, 1, ceil_div(threads_.count() * kItemsPerThread, batch));
+  const int64_t per_image = std::clamp<int64_t>(used, 1, ceil_div(threads_.count() * kStagesPerThread, batch));
   std::vector<Range> ranges(static_cast<size_t>(per_image * batch));
   auto find = [&](size_t item) {
     const int64_t image = static_cast<int64_t>(item) / per_image, part = static_cast<int64_t>(item) % per_image;
@@ -779,22 +783,25 @@ void ConvKernel::run(const float* x, const float* addend, int64_t batch, const S
     work.quantized = quantized.data();
   }
   work.stages = batch * static_cast<int64_t>(plan->strips.size());
-  const int64_t wanted = threads_.count() * kItemsPerThread;
-  const int64_t block_rows = static_cast<int64_t>(block_rows_.size());
-  if (work.stages < std::min(wanted, kMaxGroups)) {
-    work.row_items = block_rows;
+  const int64_t threads = threads_.count();
+  const bool own_panels = !plan->direct && !used_.empty() && work.stages >= std::min(threads * kStagesPerThread, kMaxGroups);
+  if (!own_panels) {
     const Plan::Strip& strip = plan->strips[0];
     const size_t divisible = plan->band_rows > 0 ? strip.band_end - strip.band_begin : strip.tile_end - strip.tile_begin;
-    work.parts =
-        std::clamp<int64_t>(ceil_div(wanted, work.stages * block_rows), 1, static_cast<int64_t>(divisible));
+    work.rows = static_cast<int64_t>(block_rows_.size());
+    work.parts = std::clamp<int64_t>(ceil_div(threads * kItemsPerThread, work.stages * work.rows), 1,
+                                     static_cast<int64_t>(divisible));
+    work.rows_first = static_cast<int64_t>(weight_.size()) >
+                      static_cast<int64_t>(used_.size()) * plan->input_plane + outputs_ * plan->result_plane;
     if (!plan->direct && !used_.empty()) {
       work.groups = work.stages;
-      work.prepare_items = std::min<int64_t>(static_cast<int64_t>(used_.size()), ceil_div(wanted, work.stages));
+      work.prepare_items =
+          std::min<int64_t>(static_cast<int64_t>(used_.size()), ceil_div(threads * kStagesPerThread, work.stages));
       work.panels = thread_scratch<Work>(static_cast<size_t>(checked_product(plan->panel_size, work.stages)));
     }
   }
-  work.compute_items = work.stages * work.parts * work.row_items;
-  threads_.saw(run_work(pool, work));
+  work.compute_items = work.stages * work.parts * work.rows;
+  threads_.saw(run_work(pool, work, threads));
 }
 
 }  // namespace tetris

@@ -87,7 +87,6 @@ class ConvKernel {
   Fused fused_;
   int64_t inputs_, outputs_, taps_;
   std::vector<BlockRow> block_rows_;
-  std::vector<size_t> heaviest_first_;  // block rows by decreasing work
   std::vector<RowGroup> groups_;
   std::vector<int64_t> column_;       // position in used_ of each packed column
   std::vector<Source> used_;          // what any block row reads

@@ -237,7 +237,7 @@ void GemmKernel::run(const float* x, int64_t samples, float* y, const ThreadPool
     const int64_t items = threads_.count() * kItemsPerThread;
     work.tiles_per_item = std::clamp<int64_t>(work.tiles * rows / items, 1, kTilesPerItem);
     work.compute_items = rows * ceil_div(work.tiles, work.tiles_per_item);
-    threads_.saw(run_work(pool, work));
+    threads_.saw(run_work(pool, work, threads_.count()));
     done += count;
   }
 }

@@ -44,46 +44,88 @@ class LearnedThreads {
 
 constexpr int64_t kMaxGroups = 256;
 
+constexpr int64_t kMostThreads = 64;  // that items are divided among
+
+// Items [begin, end) that are left of a thread's share: the thread takes them from the front, others from the back.
+class Share {
+ public:
+  void set(int64_t begin, int64_t end) {
+    left_.store(static_cast<uint64_t>(begin) << 32 | static_cast<uint64_t>(end), std::memory_order_relaxed);
+  }
+  // An item, or -1 where none is left.
+  int64_t take(bool front) {
+    uint64_t left = left_.load(std::memory_order_relaxed);
+    for (;;) {
+      const uint64_t begin = left >> 32, end = left & 0xffffffffU;
+      if (begin >= end) return -1;
+      const uint64_t rest = front ? (begin + 1) << 32 | end : begin << 32 | (end - 1);
+      if (left_.compare_exchange_weak(left, rest, std::memory_order_relaxed)) {
+        return static_cast<int64_t>(front ? begin : end - 1);
+      }
+    }
+  }
+
+ private:
+  alignas(64) std::atomic<uint64_t> left_{0};
+};
+
 // Runs `work` in two steps. First `prepare(group, i)` for i < work.prepare_items of each of work.groups groups, then
 // `compute(i)` for i < work.compute_items, of which the ones with group_of(i) == g start after group g is prepared.
-// Threads take items from one counter, in order, so an early finisher takes over what is left, and nobody waits for a
-// thread that has not yet started: a waiting thread waits only for items that others are working on.
-// `Work` needs: groups, prepare_items, compute_items, prepare, compute, group_of; at most kMaxGroups groups. `compute`
-// may throw std::bad_alloc, `prepare` nothing. Returns how many threads took part.
+// Each of `expected` threads has a share of neighboring items, the same in every run, so that it finds in its own cache
+// what it used before: the weights, and what it wrote in the layer before. Who is done takes over from the others, so
+// nobody waits for a thread that has not yet started: a waiting thread waits only for items that others are working on.
+// `Work` needs: groups, prepare_items, compute_items, prepare, compute, group_of; at most kMaxGroups groups, 2^31 items.
+// `compute` may throw std::bad_alloc, `prepare` nothing. Returns how many threads took part.
 template <class Work>
-int64_t run_work(const ThreadPool& pool, Work& work) {
+int64_t run_work(const ThreadPool& pool, Work& work, int64_t expected) {
   struct State {
+    State(Work& all, int64_t total) : work(all), shares(total) {}
+
     Work& work;
-    std::atomic<int64_t> next{0};
+    const int64_t shares;
+    Share preparing[kMostThreads], computing[kMostThreads];
     std::atomic<int64_t> prepared[kMaxGroups] = {};
     std::atomic<int64_t> threads{0};
     std::atomic<bool> out_of_memory{false};
-  } state{work};
-  const int64_t total = work.groups * work.prepare_items + work.compute_items;
-  auto drain = [](void* data, size_t) {
+
+    // An item of thread `index`'s own share, or else of another's; -1 where none is left.
+    int64_t take(Share* from, int64_t index) const {
+      int64_t item = index < shares ? from[index].take(true) : -1;
+      for (int64_t t = 1; item < 0 && t <= shares; ++t) item = from[(index + t) % shares].take(false);
+      return item;
+    }
+  };
+  const int64_t total_prepared = work.groups * work.prepare_items, total = total_prepared + work.compute_items;
+  State state(work, expected < 1 ? 1 : expected < kMostThreads ? expected : kMostThreads);
+  for (int64_t t = 0; t < state.shares; ++t) {
+    state.preparing[t].set(total_prepared * t / state.shares, total_prepared * (t + 1) / state.shares);
+    state.computing[t].set(work.compute_items * t / state.shares, work.compute_items * (t + 1) / state.shares);
+  }
+  auto drain = [](void* data, size_t index) {
     State& state = *static_cast<State*>(data);
     Work& work = state.work;
-    const int64_t preparing = work.groups * work.prepare_items;
-    const int64_t total = preparing + work.compute_items;
+    const int64_t own = static_cast<int64_t>(index);
     bool counted = false;
-    for (int64_t item; (item = state.next.fetch_add(1, std::memory_order_relaxed)) < total;) {
-      if (!counted) state.threads.fetch_add(1, std::memory_order_relaxed);
-      counted = true;
-      if (item < preparing) {
-        const int64_t group = item / work.prepare_items;
-        work.prepare(group, item % work.prepare_items);
-        state.prepared[group].fetch_add(1, std::memory_order_release);
-      } else {
-        const int64_t index = item - preparing;
-        if (work.prepare_items > 0) {
-          const std::atomic<int64_t>& prepared = state.prepared[work.group_of(index)];
-          while (prepared.load(std::memory_order_acquire) < work.prepare_items) std::this_thread::yield();
-        }
-        try {
-          work.compute(index);
-        } catch (const std::bad_alloc&) {  // no exception may cross the pool, which is not ours
-          state.out_of_memory.store(true, std::memory_order_relaxed);
-        }
+    auto next = [&](Share* shares) {
+      const int64_t item = state.take(shares, own);
+      if (item >= 0 && !counted) state.threads.fetch_add(1, std::memory_order_relaxed);
+      counted = counted || item >= 0;
+      return item;
+    };
+    for (int64_t item; (item = next(state.preparing)) >= 0;) {
+      const int64_t group = item / work.prepare_items;
+      work.prepare(group, item % work.prepare_items);
+      state.prepared[group].fetch_add(1, std::memory_order_release);
+    }
+    for (int64_t item; (item = next(state.computing)) >= 0;) {
+      if (work.prepare_items > 0) {
+        const std::atomic<int64_t>& prepared = state.prepared[work.group_of(item)];
+        while (prepared.load(std::memory_order_acquire) < work.prepare_items) std::this_thread::yield();
+      }
+      try {
+        work.compute(item);
+      } catch (const std::bad_alloc&) {  // no exception may cross the pool, which is not ours
+        state.out_of_memory.store(true, std::memory_order_relaxed);
       }
     }
   };

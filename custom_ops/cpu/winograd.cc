@@ -364,7 +364,7 @@ void WinogradConv::run(const float* x, const float* addend, int64_t batch, const
     work.compute_items = strips * static_cast<int64_t>(bundles_.size());
     work.transformed = thread_scratch<Plan>(work.strip_floats() * static_cast<size_t>(strips));
   }
-  conv_.threads_.saw(run_work(pool, work));
+  conv_.threads_.saw(run_work(pool, work, conv_.threads_.count()));
 }
 
 }  // namespace tetris
