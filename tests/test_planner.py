@@ -162,7 +162,6 @@ def test_layers_that_would_not_get_faster_stay_dense(monkeypatch: pytest.MonkeyP
     # What the user asks for is done.
     plan, rows = planned(net, block_size=(32, 32), layers=(LayerRule("node_conv[23]"),))
     assert [p.layer for p in plan] == ["conv2", "conv3"]
-    assert [p.layer for p in planned(net, block_size=(32, 32), target="cuda")[0]] == ["conv2", "conv3", "conv4"]
     predicted = rows["conv3"].predicted_ms
     assert predicted is not None and predicted[1] > predicted[0]
     # A machine on which calls cost nothing.
@@ -375,3 +374,22 @@ def test_inspect() -> None:
     rows = {row.layer: row for row in inspect(network().build(), Config(block_size=(16, 16)))}
     assert [row.status for row in rows.values()] == ["dense", *["prunable"] * 4, "dense"]
     assert rows["conv2"].block_size == (16, 16) and rows["conv2"].reason == ""
+
+
+def test_for_cuda_blocks_are_larger_and_layers_that_cannot_gain_stay_dense() -> None:
+    net = Net()
+    a = net.conv(net.input("x", ["N", 128, 56, 56]), (128, 256))
+    a = net.op("Relu", net.conv(net.op("Relu", a), (256, 24), kernel=1))
+    net.output(net.conv(a, (24, 256), kernel=1))
+    plan, rows = planned(net, target="cuda", block_size=None)
+    assert [(p.layer, p.block_size) for p in plan] == [("conv1", (64, 64))]
+    assert rows["conv2"].reason == "blocks of 12x64 are smaller than the CUDA kernels' tiles of 32x32"
+    # A processor's times say nothing about a GPU.
+    assert {row.predicted_ms for row in rows.values()} == {None}
+    # What the user asks for is done.
+    plan, _ = planned(net, target="cuda", layers=(LayerRule("*"),))
+    assert [p.layer for p in plan] == ["conv1", "conv2", "conv3"]
+    small = Net()
+    small.output(small.conv(small.conv(small.input("x", [1, 64, 7, 7]), (64, 128), kernel=1), (128, 128), kernel=1))
+    _, rows = planned(small, target="cuda", block_size=None)
+    assert re.fullmatch(r"it could save \S+ us on a GPU, less than a launch varies by", rows["conv1"].reason)

@@ -35,7 +35,8 @@ IMPORTANCES = ("auto", "l1", "l2", "activation", "hessian")  # auto: hessian wit
 MEASURED_IMPORTANCES = ("activation", "hessian")  # need calibration samples
 REORDERS = ("exact", "greedy", "none")
 GATHERS = ("absorb", "keep")
-TARGETS = ("cpu", "cuda")
+# The provider that the result is for, and the blocks that suit its kernels: CUDA's tensor cores take 64 rows at a time.
+TARGETS = {"cpu": (32, 32), "cuda": (64, 64)}
 PRECISIONS = ("float32", "bf16", "int8")
 # How much to prune where: the same sparsity everywhere, one budget of multiplications, or one of time.
 ALLOCATIONS = ("uniform", "global", "latency")
@@ -101,7 +102,7 @@ class Config:
     """
 
     sparsity: float = 0.5  # share of the weights to prune, in [0, 1)
-    block_size: tuple[int, int] = (32, 32)  # (out channels, in channels) of a block
+    block_size: tuple[int, int] | None = None  # (out channels, in channels) of a block; None: that of the target
     layers: tuple[LayerRule, ...] = ()
     allocation: str = "uniform"  # one of ALLOCATIONS
     speedup: float | None = None  # of the whole network, above 1; with allocation "latency" and instead of a sparsity
@@ -117,7 +118,8 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_sparsity("sparsity", self.sparsity)
-        _check_block_size("block_size", self.block_size)
+        if self.block_size is not None:
+            _check_block_size("block_size", self.block_size)
         _check_choice("allocation", self.allocation, ALLOCATIONS)
         if self.speedup is not None and (not _is_number(self.speedup) or self.speedup <= 1):
             raise ConfigError(f"speedup: expected a number above 1, found {self.speedup!r}")
@@ -126,7 +128,9 @@ class Config:
         _check_choice("importance", self.importance, IMPORTANCES)
         _check_choice("reorder", self.reorder, REORDERS)
         _check_choice("gathers", self.gathers, GATHERS)
-        _check_choice("target", self.target, TARGETS)
+        _check_choice("target", self.target, tuple(TARGETS))
+        if self.target == "cuda" and self.speedup is not None:
+            raise ConfigError("speedup is predicted for the processor, but the target is cuda: give a sparsity instead")
         _check_choice("precision", self.precision, PRECISIONS)
         if not _is_int(self.seed) or self.seed < 0:
             raise ConfigError(f"seed: expected an integer from 0, found {self.seed!r}")
@@ -141,10 +145,10 @@ class Config:
         """The options of the layer ``name``: its node's name, or its output's name where the node has none."""
         rule = next((r for r in self.layers if fnmatchcase(name, r.pattern)), None)
         if rule is None:
-            return LayerConfig(self.sparsity, self.block_size, skip=False, explicit=False)
+            return LayerConfig(self.sparsity, self.block_size or TARGETS[self.target], skip=False, explicit=False)
         return LayerConfig(
             self.sparsity if rule.sparsity is None else rule.sparsity,
-            self.block_size if rule.block_size is None else rule.block_size,
+            rule.block_size or self.block_size or TARGETS[self.target],
             skip=bool(rule.skip),
             explicit=True,
             own_sparsity=rule.sparsity is not None,

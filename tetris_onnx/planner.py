@@ -17,11 +17,13 @@ import onnx_graphsurgeon as gs
 from joblib import Parallel, cpu_count, delayed
 from numpy.typing import NDArray
 
+from tetris_onnx import cuda_cost
 from tetris_onnx.algorithms.blocks import block_grid, block_sums, fit_block_size, keep_count
 from tetris_onnx.algorithms.importance import importance
 from tetris_onnx.algorithms.reorder import BlockPruner, Reordering, reorder
 from tetris_onnx.config import Config, LayerConfig
 from tetris_onnx.cost import CACHED_WEIGHTS, LayerShape, Machine, predict, predict_dense
+from tetris_onnx.cuda_cost import OPEN_BATCH
 from tetris_onnx.graph import io
 from tetris_onnx.graph.layers import Layer, conv_window, find_layers
 from tetris_onnx.graph.shapes import EXAMPLE_SIZES, example_shapes
@@ -102,8 +104,8 @@ def survey(graph: gs.Graph, config: Config, machine: Machine | None = None) -> l
         _judge(layer, config, id(layer.node) in from_input, id(layer.node) in to_output, shape, machine)
         for layer, shape in zip(layers, shapes, strict=True)
     )
-    if config.target != "cpu":
-        return list(candidates)
+    if config.target == "cuda":
+        return [_on_cuda(candidate) for candidate in candidates]
     # An allocation has yet to give its layers their sparsities: what counts is the least that they could keep.
     free = config.allocation != "uniform"
     return [dense_where_slower(c, 0.0 if free and not c.options.own_sparsity else c.density) for c in candidates]
@@ -220,6 +222,17 @@ def dense_where_slower(candidate: Candidate, density: float) -> Candidate:
         return candidate
     dense, sparse = predicted
     return replace(candidate, why_dense=f"predicted {sparse:.2g} ms block-sparse against {dense:.2g} ms dense")
+
+
+def _on_cuda(candidate: Candidate) -> Candidate:
+    """The candidate for CUDA: dense where it cannot gain there, and without times, which are a processor's."""
+    reason = candidate.why_dense
+    if not reason and not candidate.options.explicit:
+        first = candidate.layer.data.shape
+        batch = OPEN_BATCH if first is not None and isinstance(first[0], str) else 1
+        item_size = candidate.layer.weight.dtype.itemsize
+        reason = cuda_cost.why_dense(candidate.shape, candidate.density, candidate.block_size, item_size, batch)
+    return replace(candidate, why_dense=reason, shape=None)
 
 
 def layer_shapes(graph: gs.Graph, layers: Sequence[Layer]) -> list[LayerShape | None]:
