@@ -208,6 +208,17 @@ def test_open_sizes_are_taken_as_usual_ones() -> None:
     assert row.macs is None and row.predicted_ms is not None and row.predicted_ms[0] > row.predicted_ms[1]
 
 
+def test_a_product_of_two_open_sizes_is_no_layer() -> None:
+    """As in attention: its second operand has the shape of activations."""
+    net = Net()
+    a = net.matmul(net.input("x", ["N", "T", 32]), (32, 32))
+    net.output(net.op("MatMul", net.op("MatMul", a, net.op("Transpose", a, perm=[0, 2, 1])), a))
+    for options in ({}, {"allocation": "global"}):
+        rows = planned(net, **options)[1]
+        assert [rows[name].status for name in ("matmul1", "matmul2", "matmul3")] == ["block-sparse", "dense", "dense"]
+        assert rows["matmul2"].reason == "its weight is not a constant" and rows["matmul2"].predicted_ms is None
+
+
 def test_weights_are_cold_where_the_caches_do_not_hold_them(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = prepare(io.to_graph(network().build()))
     assert not any(shape.cold for shape in layer_shapes(graph, find_layers(graph)) if shape)

@@ -272,7 +272,7 @@ def _allocate(
     )
     chosen = spread(candidates, found, config)
     if config.target == "cpu":
-        chosen = [dense_where_slower(candidate, candidate.density) for candidate in chosen]
+        chosen = [c if c.why_dense else dense_where_slower(c, c.density) for c in chosen]
     predicted = predicted_loss(chosen, found)
     return chosen, {s.layer: (s.half, predicted[s.layer]) for s in found}
 

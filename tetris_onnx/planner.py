@@ -108,7 +108,10 @@ def survey(graph: gs.Graph, config: Config, machine: Machine | None = None) -> l
         return [_on_cuda(candidate) for candidate in candidates]
     # An allocation has yet to give its layers their sparsities: what counts is the least that they could keep.
     free = config.allocation != "uniform"
-    return [dense_where_slower(c, 0.0 if free and not c.options.own_sparsity else c.density) for c in candidates]
+    return [
+        c if c.why_dense else dense_where_slower(c, 0.0 if free and not c.options.own_sparsity else c.density)
+        for c in candidates
+    ]
 
 
 def make_plan(
