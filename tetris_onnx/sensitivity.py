@@ -22,7 +22,7 @@ import onnx
 from joblib import Parallel, cpu_count, delayed
 from numpy.typing import NDArray
 
-from tetris_onnx.activations import Activations, Seen
+from tetris_onnx.activations import Activations, Changes, Seen
 from tetris_onnx.algorithms.blocks import block_grid, block_sums, keep_largest
 from tetris_onnx.algorithms.error_search import error_curve, support
 from tetris_onnx.algorithms.importance import importance
@@ -40,12 +40,12 @@ _ROWS = 8192
 _ROWS_PER_FEATURE = 2
 # Layers behind a pruned one that are fitted, on so many samples and rows: a little says enough.
 _BEHIND = 3
-_MOST_BEHIND = 48
+_MOST_BEHIND = 32
 _ROWS_BEHIND = 4096
 # The order matters less here than for the result; a few starts do.
 _STARTS: tuple[Start, ...] = ("sorted", "random", "shaken", "shaken")
 _HELD_OUT = 4  # one in so many samples is measured on
-_MOST_HELD_OUT = 64
+_MOST_HELD_OUT = 32
 _TINY = 1e-12
 
 
@@ -96,10 +96,12 @@ def measure(
             if not dense:
                 dense = activations.consequence(name, {}, targets, first)
             error, weights = _prune(candidate, Seen(seen.data[:fit], seen.output[:fit], None), config)
-            chain = _Chain(activations, name, [fitted[n] for n in activations.behind(name, list(fitted))[:_BEHIND]])
+            chain = _Chain(
+                activations, name, [fitted[n] for n in activations.behind(name, list(fitted))[:_BEHIND]], some
+            )
             losses = {}
             for kept, weight in weights.items():
-                changes = chain.fit({name: weight}, some, config)
+                changes = chain.fit({name: weight}, config)
                 losses[kept] = output_loss(dense, activations.consequence(name, changes, targets, first))
             found.append(Sensitivity(name, interpolate(error, losses), error))
     if progress is not None:
@@ -110,23 +112,25 @@ def measure(
 class _Chain:
     """The layers behind a pruned one, which make up for part of what it loses."""
 
-    def __init__(self, activations: Activations, start: str, layers: Sequence[Layer]) -> None:
-        self._activations, self._start, self._layers = activations, start, layers
+    def __init__(self, activations: Activations, start: str, layers: Sequence[Layer], stop: int) -> None:
+        """``start``: the pruned layer; ``layers``: those behind it, fitted on the samples to ``stop``."""
+        self._activations, self._start, self._layers, self._stop = activations, start, layers, stop
         partners = {layer.name: activations.partner(layer.name) for layer in layers}
         changed = set(activations.behind(start, [p for p in partners.values() if p is not None]))
-        self._partners = {name: p if p in changed else None for name, p in partners.items()}
+        self._partners = {name: p for name, p in partners.items() if p in changed}
+        wanted = sorted({*partners, *self._partners.values()})
+        self._dense = dict(zip(wanted, activations.consequence(start, {}, wanted, 0, stop), strict=True))
 
-    def fit(self, changes: dict[str, tuple[NDArray, NDArray]], stop: int, config: Config) -> dict:
-        """The ``changes`` of the first layer and those of the layers behind it, fitted on the samples to ``stop``."""
+    def fit(self, changes: Changes, config: Config) -> Changes:
+        """The ``changes`` of the first layer and those of the layers behind it."""
         changes = dict(changes)
         for layer in self._layers:
-            partner = self._partners[layer.name]
-            beside = [] if partner is None else [partner]
-            output, *before = self._activations.consequence(self._start, {}, [layer.name, *beside], 0, stop)
-            data, *after = self._activations.consequence(self._start, changes, [str(layer.data.name), *beside], 0, stop)
+            partner, output = self._partners.get(layer.name), self._dense[layer.name]
+            wanted = [str(layer.data.name), *([] if partner is None else [partner])]
+            data, *beside = self._activations.consequence(self._start, changes, wanted, 0, self._stop)
             seen = Seen(data, output, None)
-            if beside and before[0].shape == after[0].shape == output.shape:
-                seen = Seen(data, output + before[0], after[0])
+            if partner is not None and self._dense[partner].shape == beside[0].shape == output.shape:
+                seen = Seen(data, output + self._dense[partner], beside[0])
             changes[layer.name] = _fit(layer, *layer_samples(layer, seen, config.seed, _ROWS_BEHIND, 0), None, config)
         return changes
 
