@@ -228,7 +228,7 @@ def test_optimize_measures_accuracy_and_time(
     value = json.loads(succeeds([*args[:6], "--json"], capsys))
     assert value["accuracy"] is None
     assert value["labeled"] is None
-    assert any("has no array 'label'" in note for note in value["notes"])
+    assert any("has no labels" in note for note in value["notes"])
 
 
 def test_optimize_takes_its_options_from_a_file(

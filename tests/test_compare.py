@@ -118,7 +118,7 @@ def test_labels_have_to_fit(tmp_path: Path) -> None:
     with pytest.raises(CompareError, match="labels from 0 to 3; the model has 3 classes"):
         compare(model, model, path)
     np.savez(path, x=x, label=np.array([0, 1]))
-    with pytest.raises(CompareError, match="2 labels for 4 samples"):
+    with pytest.raises(CalibrationError, match="2 labels for 4 samples"):
         compare(model, model, path)
     images = one_op("Abs", "N, 3, 4, 4")
     np.savez(path, x=np.zeros((1, 3, 4, 4), np.float32), label=np.array([0]))

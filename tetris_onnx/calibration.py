@@ -27,6 +27,16 @@ SIZES = (224, 32, 48, 64, 128, 640, 16, 8, 4, 1)
 _CHANNELS = 3  # for an open channel axis of an image
 
 
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Samples, and what came with them."""
+
+    source: str  # the file or folder
+    samples: Samples
+    labels: NDArray[np.int64] | None = None  # the class of each sample
+    notes: tuple[str, ...] = ()  # what the user should know about them
+
+
 class CalibrationError(ValueError):
     """Data that does not fit the model's inputs."""
 
@@ -92,7 +102,9 @@ def load_labels(path: str | Path, inputs: Sequence[InputSpec]) -> NDArray[np.int
     """
     names = tuple(name for name in LABEL_NAMES if name not in _names(inputs))
     parts, unlabeled = [], 0
-    for file, _, arrays in _read(Path(path), names):
+    for file, found, arrays in _read(Path(path), names):
+        if found == [""]:  # an .npy holds an input
+            arrays = {}
         if not arrays:
             unlabeled += 1
             continue

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tetris_onnx.cli_options import Bgr, BlockSize, ImageSize, Json, Layout, Mean, Model, Provider, Scale, Shape, Std
 from tetris_onnx.config import (
     ALLOCATIONS,
     GATHERS,
@@ -28,9 +29,12 @@ from tetris_onnx.config import (
     load_config,
     parse_block_size,
 )
+from tetris_onnx.image_options import parse_image_options
 from tetris_onnx.terminal import open_console, percent_of, print_json, show_progress
+from tetris_onnx.usage import UsageError, accuracy_data, check_outputs, read_data, refuse_together
 
 if TYPE_CHECKING:
+    from tetris_onnx.calibration import Data
     from tetris_onnx.report import LayerReport, Report
 
 _BENCH_SECONDS = 3.0
@@ -46,10 +50,6 @@ _IF_TOO_LOW = (
 )
 
 
-class UsageError(ValueError):
-    """Options that do not go together, or files that cannot be written where they are asked for."""
-
-
 app = typer.Typer(
     name="tetris-onnx",
     help="Make ONNX models block-sparse, and fast in onnxruntime.",
@@ -57,18 +57,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Provider = Annotated[str, typer.Option(metavar="cpu|cuda", help="What onnxruntime runs on.")]
-Shape = Annotated[
-    list[str] | None,
-    typer.Option("--shape", metavar="NAME=1x3x224x224", help="Shape of a random input that the model leaves open."),
-]
-BlockSize = Annotated[
-    str | None,
-    typer.Option(metavar="ROWSxCOLS", help="Out x in channels of a block.", show_default="32x32, for cuda 64x64"),
-]
 
 
 def main() -> None:
@@ -153,12 +141,22 @@ def optimize(
     block_size: BlockSize = None,
     calibration: Annotated[
         Path | None,
-        typer.Option(help=".npz (or folder of them) with unlabeled inputs: layers are refitted to what they see."),
+        typer.Option(help=".npz or folder of images, unlabeled: layers are refitted to what they see."),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help=".npz with inputs and labels: measure the accuracy before and after."),
+        typer.Option(help=".npz or folder of images, with labels: measure the accuracy before and after."),
     ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(metavar="POINTS", min=0.0, help="Prune as much as loses so many points of accuracy at most."),
+    ] = None,
+    mean: Mean = None,
+    std: Std = None,
+    scale: Scale = "1/255",
+    layout: Layout = None,
+    image_size: ImageSize = None,
+    bgr: Bgr = False,
     bench: Annotated[bool, typer.Option(help="Time the model before and after (one thread).")] = False,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time each layer before and after; those that lose stay dense.")
@@ -207,9 +205,14 @@ def optimize(
         "--seed": seed,
     }
     if plan is not None:
-        _refuse_together("--plan", searched)
+        refuse_together("--plan", searched)
+        refuse_together("--plan", {"--max-drop": max_drop})
+    if max_drop is not None:
+        refuse_together("--max-drop", {"--sparsity": sparsity, "--speedup": speedup})
+        allocation = allocation or "global"
     if speedup is not None:
-        _refuse_together("--speedup", {"--sparsity": sparsity})
+        refuse_together("--speedup", {"--sparsity": sparsity})
+    images = parse_image_options(mean, std, scale, layout, image_size, bgr)
     chosen = _config(
         config, sparsity, block_size, gathers, reorder, importance, seed, target, allocation, speedup, precision
     )
@@ -220,7 +223,7 @@ def optimize(
         )
     if measure and chosen.target != "cpu":
         raise UsageError(f"--measure times on the processor, but the target is {chosen.target}")
-    _check_outputs(model, {"-o": output, "--save-plan": save_plan, "--report": report})
+    check_outputs(model, {"-o": output, "--save-plan": save_plan, "--report": report})
     if dump_passes is not None and dump_passes.exists() and not dump_passes.is_dir():
         raise UsageError(f"--dump-passes {dump_passes}: not a folder")
 
@@ -235,24 +238,30 @@ def optimize(
     if report is not None:
         check_report_path(report)
     loaded_plan = None if plan is None else Plan.load(plan)
-    _check_data(model, [path for path in (calibration, data) if path is not None])
+    samples, labeled = read_data(model, calibration, images), read_data(model, data, images)
+    searched_on = accuracy_data(max_drop, samples, labeled)
     with show_progress() as progress:
         result = run_optimize(
             model,
             chosen,
             plan=loaded_plan,
-            calibration=calibration,
+            calibration=samples,
             progress=progress,
             dump_passes=dump_passes,
+            max_drop=max_drop,
+            labeled=searched_on,
             measure=measure,
         )
         outcome = replace(result.report, model=str(model), output=str(output))
+        if searched_on is not None:
+            note = f"the plan was searched on {data}: its accuracy on other samples is a little lower"
+            outcome = replace(outcome, notes=(*outcome.notes, note))
         if any(row.status == "block-sparse" for row in outcome.layers) and plan is None and calibration is None:
             note = _NOT_CALIBRATED + _MEASURE * (data is None) + _IF_TOO_LOW
             outcome = replace(outcome, notes=(*outcome.notes, note))
         # Everything that can fail comes before the first file is written.
-        if data is not None:
-            outcome = _with_accuracy(outcome, model, result.model, data, progress)
+        if labeled is not None:
+            outcome = _with_accuracy(outcome, model, result.model, labeled, progress)
         if bench:
             outcome = _with_times(outcome, model, result.model, progress)
     io.save(result.model, output)
@@ -336,8 +345,17 @@ def compare(
     b: Annotated[Path, typer.Argument(metavar="B", help="Another one.", show_default=False)],
     data: Annotated[
         Path | None,
-        typer.Option(help=".npz with one array per input; an array 'label' gives the accuracy.", show_default="random"),
+        typer.Option(
+            help=".npz with one array per input ('label' gives the accuracy), or folder of images.",
+            show_default="random",
+        ),
     ] = None,
+    mean: Mean = None,
+    std: Std = None,
+    scale: Scale = "1/255",
+    layout: Layout = None,
+    image_size: ImageSize = None,
+    bgr: Bgr = False,
     tolerance: Annotated[
         float | None,
         typer.Option(min=0, help="Exit with 1 if the largest error / max|y| is above."),
@@ -353,11 +371,12 @@ def compare(
     from tetris_onnx.compare import CompareError, print_comparison
     from tetris_onnx.compare import compare as run_compare
 
+    images = parse_image_options(mean, std, scale, layout, image_size, bgr)
     with show_progress() as progress:
         result = run_compare(
             a,
             b,
-            data,
+            read_data(a, data, images),
             samples=samples,
             seed=seed,
             shapes=parse_shapes(shape or []),
@@ -460,7 +479,7 @@ def _config(
 ) -> Config:
     """The config file's options with those of the command line on top."""
     if path is not None:
-        _refuse_together("--config", {"--sparsity": sparsity})
+        refuse_together("--config", {"--sparsity": sparsity})
     values = {
         "sparsity": sparsity,
         "block_size": None if block_size is None else parse_block_size(block_size),
@@ -477,51 +496,15 @@ def _config(
     return replace(base, **{name: value for name, value in values.items() if value is not None})  # type: ignore[arg-type]
 
 
-def _refuse_together(option: str, others: dict[str, Any]) -> None:
-    for other, value in others.items():
-        if value is not None:
-            raise UsageError(f"{option} and {other} exclude each other: leave one out")
-
-
-def _check_outputs(model: Path, outputs: dict[str, Path | None]) -> None:
-    """Refuse what could not be written, or would overwrite the input, before any work is done."""
-    taken = {"MODEL": model}
-    for option, path in outputs.items():
-        if path is None:
-            continue
-        for other, file in taken.items():
-            linked = path.exists() and file.exists() and path.samefile(file)
-            if linked or path.resolve() == file.resolve():
-                raise UsageError(f"{option} {path}: the same file as {other}; give another name")
-        taken[option] = path
-        if path.is_dir():
-            raise UsageError(f"{option} {path}: a folder; give the name of a file")
-        if not path.parent.is_dir():
-            raise UsageError(f"{option} {path}: the folder {path.parent} does not exist; create it first")
-
-
-def _check_data(model: Path, files: Sequence[Path]) -> None:
-    """Find mistakes in data files before the search, not after."""
-    if not files:
-        return
-    from tetris_onnx.calibration import load_labels, load_samples, model_inputs
-    from tetris_onnx.graph import io
-
-    inputs = model_inputs(io.load(model))
-    for file in files:
-        load_samples(file, inputs)
-        load_labels(file, inputs)
-
-
 def _with_accuracy(
-    report: Report, model: Path, result: Any, data: Path, progress: Callable[[str, int, int], None]
+    report: Report, model: Path, result: Any, data: Data, progress: Callable[[str, int, int], None]
 ) -> Report:
     from tetris_onnx.compare import compare as run_compare
 
     found = run_compare(model, result, data, progress=lambda done, total: progress("accuracy", done, total))
     report = replace(report, agreement=found.agreement)
     if found.accuracy_a is None or found.accuracy_b is None:
-        return replace(report, notes=(*report.notes, f"{data} has no array 'label', so there is no accuracy"))
+        return replace(report, notes=(*report.notes, f"{data.source} has no labels, so there is no accuracy"))
     return replace(report, accuracy=(found.accuracy_a, found.accuracy_b), labeled=found.samples)
 
 

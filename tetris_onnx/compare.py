@@ -15,16 +15,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from tetris_onnx.calibration import (
+    Data,
     InputSpec,
     Samples,
     Shapes,
     batches,
     count,
-    load_labels,
-    load_samples,
     runnable_samples,
     session_inputs,
 )
+from tetris_onnx.image_options import ImageOptions
+from tetris_onnx.images import load_data
 from tetris_onnx.session import ModelSource, SessionError, model_name, open_session, run
 
 RANDOM_SAMPLES = 8
@@ -81,14 +82,15 @@ class Comparison:
 def compare(
     a: ModelSource,
     b: ModelSource,
-    data: str | Path | Samples | None = None,
+    data: str | Path | Samples | Data | None = None,
     samples: int = RANDOM_SAMPLES,
     seed: int = 0,
     shapes: Shapes | None = None,
     provider: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
+    images: ImageOptions | None = None,
 ) -> Comparison:
-    """Run both models on every sample of ``data`` (a file, see `load_samples`), or on ``samples`` random ones.
+    """Run both models on every sample of ``data`` (see `images.load_data`), or on ``samples`` random ones.
 
     ``shapes`` are those of `random_samples`; ``progress`` is called with (done, all) samples.
     Raises `CompareError` for models with different inputs or outputs, `CalibrationError` for data that does not fit,
@@ -100,15 +102,16 @@ def compare(
     inputs = _common_inputs(names, [session_inputs(session) for session in sessions])
     outputs = _common_outputs(sessions, names)
     labels = None
-    if isinstance(data, dict):
-        feed = data
+    if isinstance(data, (str, Path)):
+        data = load_data(data, inputs, images)
+    if isinstance(data, Data):
+        feed, labels = data.samples, data.labels
     elif data is not None:
-        feed, labels = load_samples(data, inputs), load_labels(data, inputs)
+        feed = data
     else:
         feed = runnable_samples(lambda one: run(sessions[0], one, names[0]), inputs, samples, seed, shapes)
     n = count(feed, inputs)
-    if labels is not None and len(labels) != n:
-        raise CompareError(f"{data}: {len(labels)} labels for {n} samples")
+    source = data.source if isinstance(data, Data) else "random" if data is None else "samples"
 
     differences = [_Difference() for _ in outputs]
     top1: list[tuple[NDArray, NDArray]] = []
@@ -133,15 +136,15 @@ def compare(
         if labels is not None:
             if labels.min() < 0 or labels.max() >= classes:
                 raise CompareError(
-                    f"{data}: labels from {labels.min()} to {labels.max()}; the model has {classes} classes"
+                    f"{source}: labels from {labels.min()} to {labels.max()}; the model has {classes} classes"
                 )
             accuracy_a, accuracy_b = (float(np.mean(answers == labels)) for answers in (answers_a, answers_b))
     elif labels is not None:
-        raise CompareError(f"{data} has labels, but no output has the shape [samples, classes]")
+        raise CompareError(f"{source} has labels, but no output has the shape [samples, classes]")
     return Comparison(
         a=names[0],
         b=names[1],
-        data="random" if data is None else "samples" if isinstance(data, dict) else str(data),
+        data=source,
         samples=n,
         outputs=tuple(d.result(name) for name, d in zip(outputs, differences, strict=True)),
         agreement=agreement,

@@ -13,16 +13,19 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from tetris_onnx.calibration import CalibrationError, InputSpec, Samples, count, fixed_batch, load_samples, model_inputs
+from tetris_onnx.calibration import CalibrationError, Data, InputSpec, Samples, count, fixed_batch, model_inputs
 from tetris_onnx.compare import compare
 from tetris_onnx.config import MEASURED_IMPORTANCES, Config, ConfigError
 from tetris_onnx.cost import Machine
+from tetris_onnx.decision import Decision, Problem, split
 from tetris_onnx.graph import io
 from tetris_onnx.graph.channels import gather_permutation
 from tetris_onnx.graph.io import ModelError
 from tetris_onnx.graph.layers import CONV_ADD, CONV_MAX_POOL
 from tetris_onnx.graph.outputs import before_squashing
 from tetris_onnx.graph.widen import rounding, widen
+from tetris_onnx.image_options import ImageOptions
+from tetris_onnx.images import load_data
 from tetris_onnx.machine import MEASURED, load_machine, measured, save_machine
 from tetris_onnx.passes import (
     NewWeights,
@@ -43,16 +46,7 @@ from tetris_onnx.passes import (
     set_weights,
 )
 from tetris_onnx.plan import Plan
-from tetris_onnx.planner import (
-    OPEN_SIZES,
-    Candidate,
-    Progress,
-    dense_where_slower,
-    make_plan,
-    match_plan,
-    prepare,
-    survey,
-)
+from tetris_onnx.planner import OPEN_SIZES, Progress, prepare
 from tetris_onnx.report import LayerReport, Report
 from tetris_onnx.trial import Trial, try_out
 
@@ -95,16 +89,23 @@ def optimize(
     model: str | Path | onnx.ModelProto,
     config: Config | None = None,
     plan: Plan | None = None,
-    calibration: str | Path | None = None,
+    calibration: str | Path | Data | None = None,
     progress: Progress | None = None,
     dump_passes: str | Path | None = None,
     measure: bool = False,
+    images: ImageOptions | None = None,
+    max_drop: float | None = None,
+    labeled: Data | None = None,
 ) -> Result:
     """Reorder, prune and lower the layers of ``model``, and verify the result in onnxruntime.
 
-    ``calibration``: an .npz of samples without labels, one array per model input. With it, layers are pruned by the
-    error of their outputs and refitted to what they see, which brings back most of the accuracy. ``plan`` replaces the
-    search. ``dump_passes``: a folder for the model after each pass. ``model`` is not changed.
+    ``calibration``: samples without labels: an .npz with one array per model input, or a folder of images, which
+    ``images`` says how to scale. With them, layers are pruned by the error of their outputs and refitted to what they
+    see, which brings back most of the accuracy. ``plan`` replaces the search. ``dump_passes``: a folder for the model
+    after each pass. ``model`` is not changed.
+
+    ``max_drop``: prune as much as loses so many points of accuracy at most (``config.sparsity`` is not used), measured
+    on the samples ``labeled``; without them on a quarter of the calibration samples, if these have labels.
 
     ``measure``: time the result against the dense model on this machine, make layers that are slower than dense (beyond
     noise) dense again, and report what was measured; the first time, also fit the cost model to the machine.
@@ -113,10 +114,13 @@ def optimize(
     of the samples.
 
     Raises `ConfigError` (an importance that needs samples, and none), `ModelError` (a file that is no model),
-    `CalibrationError` (samples that do not fit), `PlanError` (a plan for
-    another model), `PassError` and `VerificationError` (a mistake of ours: the model must not be used).
+    `CalibrationError` (samples that do not fit), `PlanError` (a plan for another model), `BudgetError` and `DropError`
+    (a sparsity, speed-up or accuracy that cannot be had), `PassError` and `VerificationError` (a mistake of ours: the
+    model must not be used).
     """
     config = config or Config()
+    if max_drop is not None and (plan is not None or config.speedup is not None):
+        raise ConfigError("max_drop chooses the sparsity: give no plan and no speedup")
     if config.importance in MEASURED_IMPORTANCES and calibration is None and plan is None:
         raise ConfigError(f"importance {config.importance} is measured on samples: give calibration, or use l1 or l2")
     clock = _Clock(progress)
@@ -126,30 +130,23 @@ def optimize(
         graph = io.to_graph(source)
         before = {node.name for node in graph.nodes if gather_permutation(node) is not None}
     machine = _fitted_machine(clock) if measure else load_machine()
-    weights: dict[str, NewWeights] = {}
-    samples: Samples | None = None
     with clock.stage("plan"):
         prepared = prepare(graph)
         proto = io.to_proto(prepared, source)
-        candidates = survey(prepared, config, machine)
-        predictions: dict[str, tuple[float, float]] = {}
-        if calibration is not None:
-            samples = load_samples(calibration, model_inputs(proto))
-        if plan is None and config.allocation != "uniform":
-            candidates, predictions = _allocate(candidates, proto, config, samples, progress)
-        if plan is not None:
-            rows = match_plan(prepared, plan, config)
-        if samples is not None:
-            from tetris_onnx.recovery import recover  # brings scipy, which takes its time to load
-
-            recovery = recover(candidates, proto, config, samples, plan, progress)
-            plan, weights, rows = recovery.plan, recovery.weights, recovery.rows
-        elif plan is None:
-            plan, rows = make_plan(candidates, config, progress)
-        for i, row in enumerate(rows):
-            if row.layer in predictions:
-                sensitivity, loss = predictions[row.layer]
-                rows[i] = replace(row, sensitivity=sensitivity, predicted_loss=loss)
+        inputs = model_inputs(proto)
+        if isinstance(calibration, (str, Path)):
+            calibration = load_data(calibration, inputs, images)
+        if max_drop is not None and labeled is None:
+            if calibration is None or calibration.labels is None:
+                raise CalibrationError("the accuracy that max_drop limits needs labeled samples")
+            calibration, labeled = split(calibration, inputs)
+        samples = None if calibration is None else calibration.samples
+        problem = Problem(prepared, proto, machine, samples, progress)
+        if max_drop is None:
+            decision = problem.decide(config, plan)
+        else:
+            decision = problem.sparsest(config, max_drop, lambda found: _points_lost(source, found, labeled))
+        plan, weights, rows = decision.plan, decision.weights, decision.rows
     some = None if samples is None else _first(samples, model_inputs(source))
 
     def build(plan: Plan, weights: Mapping[str, NewWeights], folder: Path | None) -> _Verified:
@@ -195,7 +192,7 @@ def optimize(
         seconds=clock.seconds,
         importance=config.importance if config.importance != "auto" else "l1" if calibration is None else "hessian",
         machine=machine.name,
-        notes=_notes(config, plan, rows, built.rounding_error),
+        notes=(*decision.notes, *_notes(config, plan, rows, built.rounding_error)),
     )
     if trial is not None:
         report = _with_times(report, trial)
@@ -254,27 +251,12 @@ def _with_times(report: Report, trial: Trial) -> Report:
     return replace(report, milliseconds=(first, second), speedup=(ratio, *interval), notes=tuple(notes))
 
 
-def _allocate(
-    candidates: list[Candidate],
-    model: onnx.ModelProto,
-    config: Config,
-    samples: Samples | None,
-    progress: Progress | None,
-) -> tuple[list[Candidate], dict[str, tuple[float, float]]]:
-    """The candidates with the sparsities of the allocation, and by layer its sensitivity and its predicted loss."""
-    from tetris_onnx.budget import predicted_loss, spread
-    from tetris_onnx.sensitivity import estimate, measure
-
-    found = (
-        estimate(candidates, config, progress)
-        if samples is None
-        else measure(candidates, model, config, samples, progress)
-    )
-    chosen = spread(candidates, found, config)
-    if config.target == "cpu":
-        chosen = [c if c.why_dense else dense_where_slower(c, c.density) for c in chosen]
-    predicted = predicted_loss(chosen, found)
-    return chosen, {s.layer: (s.half, predicted[s.layer]) for s in found}
+def _points_lost(source: onnx.ModelProto, decision: Decision, labeled: Data | None) -> float:
+    """By how many points the accuracy falls."""
+    found = compare(source, masked_dense(source, decision.plan, decision.weights), labeled)
+    if found.accuracy_a is None or found.accuracy_b is None:
+        raise CalibrationError("the accuracy that max_drop limits needs labeled samples")
+    return 100 * (found.accuracy_a - found.accuracy_b)
 
 
 def pipeline(
