@@ -38,7 +38,7 @@ def labeled(n: int = 64, batch: int | None = None) -> Data:
 
 def problem(data: Data | None = None) -> Problem:
     graph = prepare(io.to_graph(network()))
-    return Problem(graph, io.to_proto(graph, network()), None if data is None else data.samples)
+    return Problem(graph, io.to_proto(graph, network()), samples=None if data is None else data.samples)
 
 
 def density(decision: Decision) -> float:
