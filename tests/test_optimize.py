@@ -206,6 +206,24 @@ def test_a_final_softmax_does_not_hide_an_error() -> None:
         pipeline.verify(wrong, model, 1e-4)
 
 
+def test_a_sigmoid_of_next_to_nothing_is_no_error() -> None:
+    """Its values are a few roundings of what is before it; relative to the largest of them, any difference is huge."""
+    net = Net()
+    a = net.op("Add", net.gemm(net.input("x", ["N", 64]), (64, 64)), net.constant(np.float32(-20)))
+    net.output(net.op("Sigmoid", a))
+    model = net.build()
+    other = onnx.ModelProto.FromString(model.SerializeToString())
+    values = onnx.numpy_helper.to_array(other.graph.initializer[0]) * np.float32(1 + 1e-6)
+    other.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(values, other.graph.initializer[0].name))
+    for proto in (model, other):
+        proto.graph.value_info.extend(onnx.shape_inference.infer_shapes(proto).graph.value_info)
+    assert pipeline.verify(other, model, 1e-6) < 1e-6
+    values = values * np.float32(1.01)
+    other.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(values, other.graph.initializer[0].name))
+    with pytest.raises(pipeline.VerificationError):
+        pipeline.verify(other, model, 1e-6)
+
+
 def test_no_temporary_files_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: Result) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.chdir(tmp_path)
