@@ -156,6 +156,15 @@ ConvNode::Sizes ConvNode::sizes(const std::vector<int64_t>& input_shape) const {
   return sizes;
 }
 
+std::optional<Spatial> ConvNode::known_size(const std::vector<int64_t>& input_shape) const {
+  if (spatial_rank() != 2 || input_shape.size() != 4) return std::nullopt;
+  const std::vector<int64_t> shape = input_last_ ? channels_first(input_shape) : input_shape;
+  const Spatial input{shape[2], 1, shape[3]};
+  if (input[0] < 1 || input[2] < 1) return std::nullopt;
+  const Spatial output = conv_output_size(attributes_, input);
+  return output[0] < 1 || output[2] < 1 ? std::nullopt : std::optional<Spatial>(input);
+}
+
 void ConvNode::infer_shape(const ShapeInference& inference, bool pooled) {
   const std::vector<int64_t> weight = inference.ints("weight_shape");
   std::vector<Dimension> input = inference.input_shape(kX);
@@ -200,6 +209,9 @@ ConvOp<F>::ConvOp(const ort::Api& api, const NodeReader& node) : api_(api), node
   try {
     kernel_ = std::make_unique<ConvKernel>(node_.attributes(), weight, activation,
                                            kernels_for(node.precision(), weight), F, select_conv_algorithm());
+    const std::vector<int64_t> shape = node.input_shape(kX);
+    // A batch of unknown size counts as one image.
+    if (const auto size = node_.known_size(shape)) kernel_->specialize(std::max<int64_t>(shape[0], 1), *size);
   } catch (const std::logic_error& error) {
     node.fail(error.what());
   } catch (const std::runtime_error& error) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -31,6 +32,8 @@ class ConvNode {
     std::vector<int64_t> output_shape;
   };
   Sizes sizes(const std::vector<int64_t>& input_shape) const;
+  // The size of the maps of a 2-D convolution, if the shape (-1: unknown) tells it.
+  std::optional<Spatial> known_size(const std::vector<int64_t>& input_shape) const;
 
   static void infer_shape(const ShapeInference& inference, bool pooled = false);
 

@@ -98,6 +98,29 @@ bool NodeReader::has_ints(const char* name) const {
   return status == nullptr;
 }
 
+std::vector<int64_t> NodeReader::input_shape(size_t input) const {
+  ort::TypeInfo* type = nullptr;
+  check(api_, api_.KernelInfo_GetInputTypeInfo(info_, input, &type));
+  std::vector<int64_t> shape;
+  const auto read = [&] {
+    const ort::TensorTypeAndShapeInfo* tensor = nullptr;  // belongs to `type`
+    check(api_, api_.CastTypeInfoToTensorInfo(type, &tensor));
+    size_t rank = 0;
+    if (tensor == nullptr) return;
+    check(api_, api_.GetDimensionsCount(tensor, &rank));
+    shape.resize(rank);
+    check(api_, api_.GetDimensions(tensor, shape.data(), rank));
+  };
+  try {
+    read();
+  } catch (...) {
+    api_.ReleaseTypeInfo(type);
+    throw;
+  }
+  api_.ReleaseTypeInfo(type);
+  return shape;
+}
+
 std::vector<int64_t> NodeReader::ints(const char* name) const {
   if (!has_ints(name)) fail(std::string("attribute '") + name + "' (a list of integers) is missing");
   size_t size = 0;

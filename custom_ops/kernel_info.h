@@ -59,6 +59,9 @@ class NodeReader {
 
   std::string text(const char* name, const char* otherwise) const;
 
+  // Shape of an input as far as the model says it; -1: unknown. Empty where not even the rank is known.
+  std::vector<int64_t> input_shape(size_t input) const;
+
   // Attributes activation_min and activation_max.
   Activation activation() const;
   Precision precision() const;

@@ -18,6 +18,7 @@ struct Status;
 struct Value;
 struct KernelInfo;
 struct KernelContext;
+struct TypeInfo;
 struct TensorTypeAndShapeInfo;
 struct SessionOptions;
 struct CustomOpDomain;
@@ -53,6 +54,9 @@ class Api {
     return call<28, Status*>(options, domain);
   }
   Status* GetTensorMutableData(Value* value, void** out) const { return call<51, Status*>(value, out); }
+  Status* CastTypeInfoToTensorInfo(const TypeInfo* info, const TensorTypeAndShapeInfo** out) const {
+    return call<55, Status*>(info, out);
+  }
   Status* CreateTensorTypeAndShapeInfo(TensorTypeAndShapeInfo** out) const { return call<57, Status*>(out); }
   Status* SetTensorElementType(TensorTypeAndShapeInfo* info, ElementType type) const {
     return call<58, Status*>(info, type);
@@ -96,6 +100,7 @@ class Api {
     return call<91, Status*>(context, index, dims, rank, out);
   }
   void ReleaseStatus(Status* status) const { call<93, void>(status); }
+  void ReleaseTypeInfo(TypeInfo* info) const { call<98, void>(info); }
   void ReleaseTensorTypeAndShapeInfo(TensorTypeAndShapeInfo* info) const { call<99, void>(info); }
   void ReleaseAllocator(Allocator* allocator) const { call<132, void>(allocator); }
   Status* KernelInfoGetAttributeArray_int64(const KernelInfo* info, const char* name, int64_t* out,
@@ -115,6 +120,9 @@ class Api {
   }
   Status* KernelInfo_GetOutputName(const KernelInfo* info, size_t index, char* out, size_t* size) const {
     return call<233, Status*>(info, index, out, size);
+  }
+  Status* KernelInfo_GetInputTypeInfo(const KernelInfo* info, size_t index, TypeInfo** out) const {
+    return call<234, Status*>(info, index, out);
   }
   Status* KernelInfo_GetNodeName(const KernelInfo* info, char* out, size_t* size) const {
     return call<244, Status*>(info, out, size);

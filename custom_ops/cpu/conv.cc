@@ -764,15 +764,27 @@ ConvAlgorithm ConvKernel::algorithm_for(int64_t batch, const Spatial& input) con
   return algorithm_ == ConvAlgorithm::kAuto ? WinogradConv::choose(*this, batch, input) : algorithm_;
 }
 
+const WinogradConv& ConvKernel::winograd(ConvAlgorithm algorithm) const {
+  const int size = algorithm == ConvAlgorithm::kWinograd2 ? 2 : 4;
+  LazyWinograd& winograd = size == 2 ? winograd2_ : winograd4_;
+  std::call_once(winograd.once, [&] { winograd.conv = std::make_unique<WinogradConv>(*this, size); });
+  return *winograd.conv;
+}
+
+void ConvKernel::specialize(int64_t batch, const Spatial& input) {
+  const ConvAlgorithm algorithm = algorithm_for(batch, input);
+  if (algorithm == ConvAlgorithm::kDirect) return;
+  winograd(algorithm);
+  algorithm_ = algorithm;
+  weight_ = Buffer();
+}
+
 void ConvKernel::run(const float* x, const float* addend, int64_t batch, const Spatial& input, float* y,
                      const ThreadPool& pool) const {
   if (batch == 0) return;
   const ConvAlgorithm algorithm = algorithm_for(batch, input);
   if (algorithm == ConvAlgorithm::kWinograd2 || algorithm == ConvAlgorithm::kWinograd4) {
-    const int size = algorithm == ConvAlgorithm::kWinograd2 ? 2 : 4;
-    LazyWinograd& winograd = size == 2 ? winograd2_ : winograd4_;
-    std::call_once(winograd.once, [&] { winograd.conv = std::make_unique<WinogradConv>(*this, size); });
-    return winograd.conv->run(x, addend, batch, input, y, pool);
+    return winograd(algorithm).run(x, addend, batch, input, y, pool);
   }
   const std::shared_ptr<const Plan> plan = plan_for(input);
   if (plan->result_plane == 0 || outputs_ == 0) return;

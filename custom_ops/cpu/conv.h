@@ -46,6 +46,11 @@ class ConvKernel {
   // What computes an input of this size: the one asked for where it applies, by default the one estimated to be fastest.
   ConvAlgorithm algorithm_for(int64_t batch, const Spatial& input) const;
 
+  // For a kernel that will see inputs of one size only: where Winograd's algorithm is the one for it, the weight is
+  // transformed now and only that form is kept. Otherwise the transformed weight is made when an input first needs it and
+  // both are kept. run() takes any size all the same. Not while another thread uses the kernel.
+  void specialize(int64_t batch, const Spatial& input);
+
   // y[batch][outputs][output size] from x[batch][inputs][input] and, for kAdd, addend, of the size of y, which may be in
   // the same place. May be called from several threads at once.
   void run(const float* x, const float* addend, int64_t batch, const Spatial& input, float* y,
@@ -71,6 +76,7 @@ class ConvKernel {
     size_t group_begin, group_end;         // into groups_
   };
 
+  const WinogradConv& winograd(ConvAlgorithm algorithm) const;
   std::shared_ptr<const Plan> plan_for(const Spatial& input) const;
   std::shared_ptr<const Plan> make_plan(const Spatial& input) const;
   void read_in_place(Plan& plan) const;

@@ -124,6 +124,25 @@ def test_concurrent_runs(algorithm: str, rng: np.random.Generator, size: tuple[i
     assert wrong == []
 
 
+def test_any_map_where_the_model_tells_no_size(algorithm: str, rng: np.random.Generator) -> None:
+    """A model that tells the size keeps only the transformed weight, another one both: the same results."""
+    op = models.random_op(rng, (20, 19, 3, 3), (8, 8), pads=[1] * 4)
+    session = models.session(models.make_model(op, ["N", 19, "H", "W"]))
+    for size in [(9, 9), (1, 1), (30, 7)]:
+        x = random_input(rng, 2, 19, *size)
+        np.testing.assert_array_equal(session.run(None, {"x": x})[0], models.run(op, x))
+        check(op, x, algorithm)
+
+
+@pytest.mark.parametrize("x_shape", [[1, 20, 5, 5], [1, 19, 0, 5], [1, 19, 5], [1, 19, 2, 2]])
+def test_a_shape_that_does_not_fit_is_an_error_of_the_run(
+    algorithm: str, rng: np.random.Generator, x_shape: list[int]
+) -> None:
+    session = models.session(models.make_model(models.random_op(rng, (20, 19, 3, 3), (8, 8)), x_shape))
+    with pytest.raises(Exception, match="input 'X' has shape"):
+        session.run(None, {"x": np.zeros(x_shape, np.float32)})
+
+
 @pytest.mark.parametrize(
     ("shape", "size", "expected"),
     [((256, 256, 3, 3), (28, 28), "winograd4"), ((8, 8, 3, 3), (28, 28), "direct"), ((64, 64, 3, 3), (1, 1), "direct")],
