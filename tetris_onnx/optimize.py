@@ -21,7 +21,7 @@ from tetris_onnx.decision import Decision, Problem, split
 from tetris_onnx.graph import io
 from tetris_onnx.graph.channels import gather_permutation
 from tetris_onnx.graph.io import ModelError
-from tetris_onnx.graph.layers import CONV_ADD, CONV_MAX_POOL
+from tetris_onnx.graph.layers import CONV_ADD, CONV_MAX_POOL, DOMAIN
 from tetris_onnx.graph.outputs import before_squashing
 from tetris_onnx.graph.widen import rounding, widen
 from tetris_onnx.image_options import ImageOptions
@@ -38,6 +38,7 @@ from tetris_onnx.passes import (
     fuse_batchnorm,
     fuse_epilogue,
     lower_block_sparse,
+    lower_first_layer,
     normalize_layers,
     prune_blocks,
     reorder_weights,
@@ -59,6 +60,7 @@ _MOST_ROUNDING = {"bf16": 0.1, "int8": 0.5}
 _REAL_SAMPLES = 16
 # How often layers that measured slower than dense are made dense; each time the others are measured again.
 _MOST_CHANGES = 3
+_KEPT_WHOLE = "{}; kept whole, BlockSparseConv runs it, which saves a change of layout"
 # Errors of a float16 weight's rounding are random and shrink in the sums: half of one, in a network of three layers.
 _WEIGHT_ROUNDINGS = 8
 
@@ -168,6 +170,7 @@ def optimize(
         with clock.stage("measure"):
             trial = try_out(source, built.model, [row.layer for row in rows], some)
         slower = {row.layer for row in rows if row.layer in trial.slower and not config.for_layer(row.node).explicit}
+        slower &= {p.layer for p in plan}
         slower = slower if changes < _MOST_CHANGES else set()
         rows = [_with_measured(row, trial, row.layer in slower) for row in rows]
         if not slower:
@@ -178,6 +181,8 @@ def optimize(
     final = io.to_graph(built.model)
     gathers = sum(gather_permutation(node) is not None and node.name not in before for node in final.nodes)
     ops = [node.op for node in final.nodes]
+    ours = {node.name for node in final.nodes if node.domain == DOMAIN}
+    rows = [replace(r, reason=_KEPT_WHOLE.format(r.reason)) if _is_kept_whole(r, ours) else r for r in rows]
     report = Report(
         model=str(model) if isinstance(model, (str, Path)) else original.graph.name,
         output="",
@@ -197,6 +202,11 @@ def optimize(
     if trial is not None:
         report = _with_times(report, trial)
     return Result(built.model, plan, report)
+
+
+def _is_kept_whole(row: LayerReport, ours: set[str]) -> bool:
+    """Whether one of ``ours`` (names of nodes) runs the convolution of a row that is not pruned."""
+    return row.status == "dense" and row.op_type == "Conv" and row.node in ours
 
 
 def _fitted_machine(clock: _Clock) -> Machine:
@@ -284,6 +294,8 @@ def pipeline(
     ]
     if gathers == "absorb":
         steps.append(("absorb_gathers", absorb_gathers))
+    if target == "cpu":
+        steps.append(("lower_first_layer", lower_first_layer))
     steps.append(("fuse_epilogue", fuse_epilogue))
     steps.append(("fuse_add_and_pool", partial(fuse_add_and_pool, pools=target == "cpu")))
     if target == "cuda":

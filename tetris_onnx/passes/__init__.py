@@ -8,6 +8,7 @@ from tetris_onnx.passes.fuse_add_and_pool import fuse_add_and_pool
 from tetris_onnx.passes.fuse_batchnorm import fuse_batchnorm
 from tetris_onnx.passes.fuse_epilogue import fuse_epilogue
 from tetris_onnx.passes.lower_block_sparse import lower_block_sparse
+from tetris_onnx.passes.lower_first_layer import lower_first_layer
 from tetris_onnx.passes.normalize_layers import normalize_layers
 from tetris_onnx.passes.pipeline import Pass, PassError, run_passes
 from tetris_onnx.passes.prune_blocks import prune_blocks
@@ -27,6 +28,7 @@ __all__ = [
     "fuse_batchnorm",
     "fuse_epilogue",
     "lower_block_sparse",
+    "lower_first_layer",
     "normalize_layers",
     "prune_blocks",
     "reorder_weights",

@@ -1,6 +1,7 @@
 """Let our operators compute their products in another precision; everything between them stays float32.
 
-It comes last, when the float32 result has been verified: that check is strict, while rounding hides small mistakes.
+It comes last, when the float32 result has been verified: that check is strict, while rounding hides small mistakes. A
+first convolution that is kept whole stays float32, as it would be without our operator.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from tetris_onnx.graph.layers import DOMAIN, OUR_OPS
+from tetris_onnx.passes.lower_first_layer import is_first_convolution
 
 # What the option says -> what the operators' attribute says.
 PRECISION_ATTRIBUTES = {"float32": "float32", "bf16": "bfloat16", "int8": "int8"}
@@ -16,7 +18,7 @@ PRECISION_ATTRIBUTES = {"float32": "float32", "bf16": "bfloat16", "int8": "int8"
 def set_precision(graph: gs.Graph, precision: str) -> None:
     """Apply the pass: ``precision`` is a key of `PRECISION_ATTRIBUTES`."""
     for node in graph.nodes:
-        if node.domain == DOMAIN and node.op in OUR_OPS:
+        if node.domain == DOMAIN and node.op in OUR_OPS and not is_first_convolution(node):
             node.attrs["precision"] = PRECISION_ATTRIBUTES[precision]
     for function in graph.functions:
         if function.domain == DOMAIN and function.name in OUR_OPS:
