@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from tetris_onnx import Config, optimize, planner
+from tetris_onnx import Config, optimize, planner, recovery
 from tetris_onnx.activations import Activations, Seen
 from tetris_onnx.calibration import CalibrationError
 from tetris_onnx.config import ConfigError, LayerRule
@@ -21,8 +21,9 @@ from tetris_onnx.graph import io
 from tetris_onnx.graph.layers import find_layers
 from tetris_onnx.machine import load_machine
 from tetris_onnx.optimize import masked_dense
+from tetris_onnx.passes import NewWeights
 from tetris_onnx.planner import prepare, survey
-from tetris_onnx.recovery import Recovery, layer_samples, patches, recover
+from tetris_onnx.recovery import Recovery, layer_samples, output_worth, patches, recover
 
 TEXT = """
 <ir_version: 8, opset_import: ["" : 17]>
@@ -187,7 +188,8 @@ def test_progress_counts_the_layers(calibration: Path) -> None:
     calls: list[tuple[str, int, int]] = []
     optimize(network(), CONFIG, calibration=calibration, progress=lambda *call: calls.append(call))
     steps = [(done, total) for stage, done, total in calls if stage == "recover"]
-    assert steps == [(i, steps[0][1]) for i in range(steps[0][1] + 1)]
+    once = [(i, steps[0][1]) for i in range(steps[0][1] + 1)]
+    assert steps == 2 * once
 
 
 TWO_BRANCHES = """
@@ -240,8 +242,52 @@ def recovered(model: onnx.ModelProto, x: NDArray) -> tuple[onnx.ModelProto, Reco
     graph = prepare(io.to_graph(model))
     proto = io.to_proto(graph, model)
     config = Config(sparsity=0.5, block_size=(8, 8))
-    found = recover(survey(graph, config), proto, config, {"x": x})
+    found = recover(graph, survey(graph, config), proto, config, {"x": x})
     return masked_dense(model, found.plan, found.weights), found
+
+
+def test_worth_of_an_output_is_what_the_layers_behind_read_of_it() -> None:
+    model = two_branches()
+    graph = prepare(io.to_graph(model))
+    layers = find_layers(graph)
+    by_name = {layer.name: layer for layer in layers}
+    pruned = by_name["c"].weight.copy()
+    pruned[:, 3] = 0
+    worth = output_worth(graph, layers, {"c": NewWeights(pruned, np.zeros(16, np.float32))})
+    expected = (pruned.astype(np.float64) ** 2).sum(axis=(0, 2, 3))
+    expected = np.maximum(expected, 1e-3 * expected.max())
+    for name in ("a", "b"):  # both reach c, through the Add
+        np.testing.assert_allclose(worth[name], expected / expected.mean())
+    # c's channels reach y through the pooling and the Flatten; nothing reads y.
+    expected = (by_name["y"].weight.astype(np.float64) ** 2).sum(axis=0)
+    np.testing.assert_allclose(worth["c"], expected / expected.mean())
+    assert "y" not in worth
+
+
+@pytest.mark.parametrize("sweeps", [1, 3])
+def test_the_best_sweep_wins(sweeps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    original = recovery._prune
+
+    def noted(*arguments: object) -> Recovery:
+        found.append(original(*arguments))  # type: ignore[arg-type]
+        return found[-1]
+
+    monkeypatch.setattr(recovery, "_prune", noted)
+    graph = prepare(io.to_graph(two_branches()))
+    proto = io.to_proto(graph, two_branches())
+    candidates = survey(graph, replace(CONFIG, sweeps=sweeps))
+    result = recover(graph, candidates, proto, replace(CONFIG, sweeps=sweeps), {"x": inputs(48, seed=1)})
+    errors = [next(row.output_error for row in one.rows if row.layer == "y") for one in found]
+    assert 1 <= len(found) <= sweeps and (sweeps == 1 or len(found) > 1)
+    assert all(error is not None for error in errors)
+    assert result is found[int(np.argmin(np.array(errors, float)))]
+
+
+def test_a_small_network_is_swept_twice(calibration: Path) -> None:
+    calls: list[tuple[str, int, int]] = []
+    optimize(network(), CONFIG, calibration=calibration, progress=lambda *call: calls.append(call))
+    assert sum(stage == "recover" and done == 0 for stage, done, _ in calls) == 2
 
 
 def test_a_layer_before_an_add_makes_up_for_the_other_branch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,5 +319,5 @@ def test_skipped_layers_are_left_alone() -> None:
     model = two_branches()
     graph = prepare(io.to_graph(model))
     config = Config(sparsity=0.5, block_size=(8, 8), layers=(LayerRule("y", skip=True), LayerRule("c", skip=True)))
-    found = recover(survey(graph, config), io.to_proto(graph, model), config, {"x": inputs(48, seed=1)})
+    found = recover(graph, survey(graph, config), io.to_proto(graph, model), config, {"x": inputs(48, seed=1)})
     assert {"y", "c"}.isdisjoint(found.weights) and {"a", "b"} <= set(found.weights)

@@ -52,6 +52,7 @@ _TOP_KEYS = (
     "gathers",
     "target",
     "precision",
+    "sweeps",
     "seed",
     "layers",
 )
@@ -111,6 +112,7 @@ class Config:
     gathers: str = "absorb"  # one of GATHERS
     target: str = "cpu"  # one of TARGETS: the provider that the result is made for (it is right on any)
     precision: str = "float32"  # one of PRECISIONS: what the products of the block-sparse layers are computed in
+    sweeps: int | None = None  # how often to prune with calibration samples; None = twice where that takes little
     seed: int = 0
     workers: int | None = None  # processes; None = one per core
     memory: int = 4 * 10**9  # bytes for the activations of calibration samples; what is more goes to a temporary file
@@ -134,6 +136,8 @@ class Config:
         _check_choice("precision", self.precision, PRECISIONS)
         if not _is_int(self.seed) or self.seed < 0:
             raise ConfigError(f"seed: expected an integer from 0, found {self.seed!r}")
+        if self.sweeps is not None and (not _is_int(self.sweeps) or self.sweeps < 1):
+            raise ConfigError(f"sweeps: expected an integer from 1, found {self.sweeps!r}")
         if self.workers is not None and (not _is_int(self.workers) or self.workers < 1):
             raise ConfigError(f"workers: expected an integer from 1, found {self.workers!r}")
         if not _is_int(self.memory) or self.memory < 0:

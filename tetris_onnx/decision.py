@@ -70,7 +70,7 @@ class Problem:
         if self.samples is not None:
             from tetris_onnx.recovery import recover  # brings scipy, which takes its time to load
 
-            recovery = recover(candidates, self.model, config, self.samples, plan, self.progress)
+            recovery = recover(self.graph, candidates, self.model, config, self.samples, plan, self.progress)
             plan, weights, rows = recovery.plan, recovery.weights, recovery.rows
         elif plan is None:
             plan, rows = make_plan(candidates, config, self.progress)

@@ -8,11 +8,12 @@ network. No labels and no training are needed.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from tetris_onnx.activations import Activations, Seen
@@ -21,6 +22,7 @@ from tetris_onnx.algorithms.error_search import search, support
 from tetris_onnx.algorithms.refit import LayerSamples
 from tetris_onnx.calibration import Samples
 from tetris_onnx.config import Config
+from tetris_onnx.graph.channels import ChannelAxis, find_region
 from tetris_onnx.graph.layers import Layer, conv_window
 from tetris_onnx.passes.fuse_epilogue import clip_bounds
 from tetris_onnx.passes.set_weights import NewWeights
@@ -36,6 +38,10 @@ _ROWS_PER_FEATURE = 4
 # Block rows times cubed features: up to here the search by error takes minutes at most (32x32 blocks of 512 channels
 # with 3x3 taps: 1.6e12); layers in smaller blocks are pruned by the sum of their weights' saliencies.
 _MOST_WORK = 10**13
+# The network is pruned a second time where the searches of all layers take no longer than seconds.
+_SWEEP_WORK = 10**12
+# An output that no kept weight reads counts this much of one that is read most: what reads it may change a little.
+_LEAST_WORTH = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +54,7 @@ class Recovery:
 
 
 def recover(
+    graph: gs.Graph,
     candidates: Sequence[Candidate],
     model: onnx.ModelProto,
     config: Config,
@@ -55,10 +62,89 @@ def recover(
     plan: Plan | None = None,
     progress: Progress | None = None,
 ) -> Recovery:
-    """Prune ``candidates``, the layers of a prepared ``model``, with calibration ``samples``.
+    """Prune ``candidates``, the layers of a prepared ``graph`` (and its ``model``), with calibration ``samples``.
+
+    Where ``config.sweeps`` says so (by default, where that takes little), the network is pruned again from the start by
+    what the layers behind still read of each output (`output_worth`), and the better result is taken.
 
     With a ``plan``, its permutations and blocks are kept and only the weights are fitted. Deterministic for a seed.
     """
+    best = _prune(candidates, model, config, samples, plan, progress, {})
+    for _ in range(_sweeps(candidates, config) - 1 if plan is None and by_error(config) else 0):
+        worth = output_worth(graph, [c.layer for c in candidates], best.weights)
+        found = _prune(candidates, model, config, samples, plan, progress, worth)
+        if _last_error(candidates, found) >= _last_error(candidates, best):
+            break
+        best = found
+    return best
+
+
+def _sweeps(candidates: Sequence[Candidate], config: Config) -> int:
+    """How often to prune the network."""
+    if config.sweeps is not None:
+        return config.sweeps
+    return 2 if sum(_search_work(c) for c in candidates if not c.why_dense) <= _SWEEP_WORK else 1
+
+
+def _search_work(candidate: Candidate) -> int:
+    """Block rows times cubed features: what the search by error takes its time by."""
+    shape = candidate.layer.weight_shape
+    return -(-shape[0] // candidate.block_size[0]) * math.prod(shape[1:]) ** 3
+
+
+def _last_error(candidates: Sequence[Candidate], found: Recovery) -> float:
+    """The mean error of the layers next to the outputs, or of the last one that was fitted where none of them was."""
+    errors = [row.output_error for row in found.rows if row.output_error is not None]
+    pairs = zip(candidates, found.rows, strict=True)
+    last = [row.output_error for c, row in pairs if c.last and row.output_error is not None]
+    return float(np.mean(last or errors[-1:] or [0.0]))
+
+
+def by_error(config: Config) -> bool:
+    """Whether blocks are chosen by the error of the outputs."""
+    return config.importance in ("auto", "hessian")
+
+
+def output_worth(
+    graph: gs.Graph, layers: Sequence[Layer], weights: Mapping[str, NewWeights]
+) -> dict[str, NDArray[np.float64]]:
+    """What an error of one size in each output channel of a layer does to the layers that read it, [out], mean 1.
+
+    The sum of the squared weights that read the channel, those in ``weights`` in the place of the layers' own; every
+    reader counts the same in all. Layers that no other layer reads are left out.
+    """
+    squares: dict[int, NDArray[np.float64]] = {}
+    for layer in layers:
+        if not layer.why_dense:
+            weight = weights[layer.name].weight if layer.name in weights else layer.weight
+            square = np.einsum("oit->i", weight.reshape(*weight.shape[:2], -1).astype(np.float64) ** 2)
+            squares[id(layer.node)] = square / max(float(square.sum()), 1e-300)
+    found: dict[str, NDArray[np.float64]] = {}
+    for layer in layers:
+        out = layer.weight_shape[0] if not layer.why_dense else 0
+        if not out or layer.out_axis is None or layer.output.shape is None:
+            continue
+        total = np.zeros(out)
+        for sink in find_region(graph, layer.output, ChannelAxis(layer.out_axis, out)).sinks:
+            square = squares.get(id(sink.node), np.zeros(0))
+            if square.size == sink.where.length:
+                total += square.reshape(sink.where.outer, out, sink.where.inner).sum(axis=(0, 2))
+        if total.any():
+            total = np.maximum(total, _LEAST_WORTH * total.max())
+            found[layer.name] = total / total.mean()
+    return found
+
+
+def _prune(
+    candidates: Sequence[Candidate],
+    model: onnx.ModelProto,
+    config: Config,
+    samples: Samples,
+    plan: Plan | None,
+    progress: Progress | None,
+    worth: Mapping[str, NDArray[np.float64]],
+) -> Recovery:
+    """One pass over the network. ``worth``: see `output_worth`; in other layers all outputs are worth the same."""
     chosen = [c for c in candidates if (not c.why_dense if plan is None else plan.get(c.layer.name) is not None)]
     dense = [c for c in candidates if c not in chosen and not c.layer.why_dense and not c.options.skip]
     names = [c.layer.name for c in chosen]
@@ -76,12 +162,11 @@ def recover(
             keep = np.ones((layer.weight_shape[0], seen.features), bool)
             if candidate in chosen:
                 if decision is None:
-                    decision, shares = _choose(candidate, seen, config)
+                    decision, shares = _choose(candidate, seen, config, worth.get(layer.name))
                 plans.append(decision)
                 keep = support((decision.out_perm, decision.in_perm), decision.block_size, decision.keep, _taps(layer))
             weight, bias = seen.refit(keep, bounds, choose_damping=True, workers=config.workers)
-            dtype = layer.weight.dtype
-            new = NewWeights(weight.reshape(layer.weight_shape).astype(dtype), bias.astype(dtype))
+            new = NewWeights(weight.reshape(layer.weight_shape).astype(np.float32), bias.astype(np.float32))
             activations.replace(layer.name, layer.stored(new.weight), new.bias)
             weights[layer.name] = new
             rows[layer.name] = replace(describe(candidate, decision, shares), output_error=seen.error(weight))
@@ -150,25 +235,30 @@ def patches(layer: Layer, image: NDArray, out_shape: tuple[int, ...], chosen: ND
     return np.stack(taps, axis=-1).transpose(1, 0, 2).reshape(len(chosen), -1)
 
 
-def _choose(candidate: Candidate, seen: LayerSamples, config: Config) -> tuple[LayerPlan, tuple[float, float]]:
-    """Permutations and blocks of one layer, and the shares of importance retained with and without reordering."""
+def _choose(
+    candidate: Candidate, seen: LayerSamples, config: Config, worth: NDArray[np.float64] | None
+) -> tuple[LayerPlan, tuple[float, float]]:
+    """Permutations and blocks of one layer, and the shares of importance retained with and without reordering.
+
+    ``worth`` [out]: of errors in each output; None where all are worth the same.
+    """
     layer, block, sparsity = candidate.layer, candidate.block_size, candidate.options.sparsity
-    by_error = config.importance in ("auto", "hessian")
+    if worth is not None and by_error(config):
+        seen = seen.weighted(worth)
     if config.importance in ("l1", "l2"):
         scores = magnitude(layer, config)
     else:
-        single = seen.saliency() if by_error else seen.activation()
+        single = seen.saliency() if by_error(config) else seen.activation()
         scores = single.reshape(*layer.weight_shape[:2], -1).sum(axis=2)
     axes = free_axes(candidate, config)
     found = search_order(scores, block, sparsity, axes, config.reorder, config.seed)
     out_perm, in_perm = found.perms
     plan = LayerPlan(layer.name, out_perm, in_perm, block, found.keep)
-    work = -(-layer.weight_shape[0] // block[0]) * seen.features**3
-    if by_error and not seen.few and work <= _MOST_WORK:
+    if by_error(config) and not seen.few and _search_work(candidate) <= _MOST_WORK:
         drop = found.keep.size - keep_count(found.keep.size, sparsity)
         movable = axes if config.reorder != "none" else ()
         exact = search(seen, (out_perm, in_perm), block, drop, movable, config.workers)
-        weight, _ = seen.refit(support((out_perm, in_perm), block, found.keep, _taps(layer)))
+        weight, _ = seen.refit(support((out_perm, in_perm), block, found.keep, _taps(layer)), workers=config.workers)
         if exact.error < seen.error(weight):
             plan = LayerPlan(layer.name, exact.out_perm, exact.in_perm, block, exact.keep)
     return plan, (found.retained, found.baseline)

@@ -84,7 +84,7 @@ def prune_blocks(model: onnx.ModelProto, config: Config, samples: Samples | None
         plan, rows = make_plan(candidates, config)
         weights: dict[str, NewWeights] = {}
     else:
-        found = recover(candidates, io.to_proto(graph, model), config, samples)
+        found = recover(graph, candidates, io.to_proto(graph, model), config, samples)
         plan, rows, weights = found.plan, found.rows, found.weights
     share = [(row.retained, row.parameters) for row in rows if row.retained is not None]
     return masked_dense(model, plan, weights), sum(r * n for r, n in share) / sum(n for _, n in share)

@@ -67,8 +67,8 @@ def test_the_table_of_a_small_network(script: ModuleType, tmp_path: Path) -> Non
         for recovery in ("none", "refit")
         for size, reorder in (("weights", "none"), ("1", "none"), ("4", "none"), ("4", "exact"))
     ]
-    # One layer (b) of three is pruned, by half in every row: 4608 of 5200 weights.
-    assert all(float(r["density"]) == pytest.approx(1 - 2304 / 5200, abs=1e-3) for r in rows)
+    # b is pruned by half in every row, 4608 of 5200 weights; y, 160 more, in blocks of which some are cut off.
+    assert [float(r["density"]) for r in rows] == pytest.approx([1 - (2304 + 80) / 5200] * len(rows), abs=0.02)
     by_magnitude = [float(r["retained"]) for r in rows[:4]]
     assert by_magnitude[0] > by_magnitude[1] > by_magnitude[3] > by_magnitude[2], "weights, kernels, reordered, plain"
     error = [float(r["max_error"]) for r in rows]

@@ -20,6 +20,7 @@ Before a ReLU, outputs below zero are all the same: `LayerSamples.refit` can fit
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -149,6 +150,22 @@ class LayerSamples:
         diagonal = (1 - np.einsum("nf,nf->f", self.u, solved)) / self.damping
         fitted = self.weight + (self.y - self.u @ self.weight.T).T @ solved
         return fitted**2 / np.maximum(diagonal, np.finfo(np.float64).tiny)
+
+    def weighted(self, factor: NDArray) -> LayerSamples:
+        """The same problem where the squared error of each output counts ``factor`` [out] times."""
+        if not self.few:
+            _ = self.inverse, self._products  # before the copy, so that they are computed once
+        root = np.sqrt(factor)
+        other = copy.copy(self)
+        for name in ("_moments", "_held_out_means", "cross", "fitted"):
+            other.__dict__.pop(name, None)
+        other.y = self.y * root.astype(self.y.dtype)
+        other.mean_out = self.mean_out * root
+        other.weight = self.weight * root.astype(self.weight.dtype)[:, None]
+        other.power = float(np.einsum("no,no->", other.y, other.y, dtype=np.float64)) / len(other.y)
+        if not self.few:
+            other.__dict__["_products"] = self._products * root[:, None]
+        return other
 
     def activation(self) -> NDArray[np.float64]:
         """``|w|`` of each weight [out, features] times the norm of its feature (Sun et al., Wanda, 2023)."""
