@@ -460,8 +460,6 @@ void copy_row_end(float* to, const float* from, const RowCopy& copy, int64_t i) 
   for (int64_t j = copy.before + copy.count; j < copy.width; ++j) to[j] = 0.0F;
 }
 
-TETRIS_INLINE float max_nan(float a, float b) { return a > b || a != a ? a : b; }
-
 void pool_rows(const PoolRows& pool) {
   for (int64_t r = 0; r < pool.rows; ++r) {
     const float* upper = pool.from + 2 * r * pool.from_width;
@@ -473,9 +471,18 @@ void pool_rows(const PoolRows& pool) {
       const auto second = V::max_nan(V::load(upper + 2 * j + V::kLanes), V::load(lower + 2 * j + V::kLanes));
       V::store(to + j, V::max_pairs(first, second));
     }
-    for (; j < pool.width; ++j) {
-      to[j] = max_nan(max_nan(upper[2 * j], lower[2 * j]), max_nan(upper[2 * j + 1], lower[2 * j + 1]));
-    }
+    if (j == pool.width) continue;
+    // The rest, which in a narrow map is all.
+    const int left = static_cast<int>(2 * (pool.width - j));  // of the input
+    const auto low = V::expand(left < V::kLanes ? (1U << left) - 1 : ~0U);
+    const auto high = V::expand(left > V::kLanes ? (1U << (left - V::kLanes)) - 1 : 0U);
+    const float *above = upper + 2 * j, *below = lower + 2 * j;
+    const auto first = V::max_nan(V::load_masked(above, low), V::load_masked(below, low));
+    const auto second =
+        V::max_nan(V::load_masked(above + V::kLanes, high), V::load_masked(below + V::kLanes, high));
+    float lanes[V::kLanes];
+    V::store(lanes, V::max_pairs(first, second));
+    for (int lane = 0; j < pool.width; ++j, ++lane) to[j] = lanes[lane];
   }
 }
 

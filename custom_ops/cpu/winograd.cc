@@ -78,7 +78,8 @@ bool WinogradConv::applies(const ConvAttributes& a, const Spatial& input) {
          a.pads_begin[1] == 0 && a.pads_end[1] == 0 && input[1] == 1;
 }
 
-ConvAlgorithm WinogradConv::choose(const ConvKernel& conv, int64_t batch, const Spatial& input) {
+ConvAlgorithm WinogradConv::choose(const ConvKernel& conv, int64_t batch, const Spatial& input,
+                                   double direct_speed) {
   const Spatial output = conv_output_size(conv.attributes_, input);
   double weights = 0;  // for one tap
   for (const ConvKernel::BlockRow& row : conv.block_rows_) {
@@ -87,7 +88,8 @@ ConvAlgorithm WinogradConv::choose(const ConvKernel& conv, int64_t batch, const 
     }
   }
   auto vectors = [&](int64_t count) { return vectors_of(count, conv.kernels_); };
-  double best = kMargin * 9 * weights * (vectors(output[0] * output[2]) * static_cast<double>(batch) + kRead);
+  double best =
+      kMargin * 9 * weights * (vectors(output[0] * output[2]) * static_cast<double>(batch) + kRead) / direct_speed;
   ConvAlgorithm choice = ConvAlgorithm::kDirect;
   for (const int64_t size : {2, 4}) {
     const double elements = static_cast<double>((size + 2) * (size + 2));

@@ -26,8 +26,9 @@ class WinogradConv {
   // Whether the convolution is of the kind.
   static bool applies(const ConvAttributes& attributes, const Spatial& input);
 
-  // The algorithm that should take the least time for a convolution that this one applies to.
-  static ConvAlgorithm choose(const ConvKernel& conv, int64_t batch, const Spatial& input);
+  // The algorithm that should take the least time for a convolution that this one applies to, if the direct one is
+  // `direct_speed` times as fast as that of `conv`.
+  static ConvAlgorithm choose(const ConvKernel& conv, int64_t batch, const Spatial& input, double direct_speed = 1);
 
   // With tiles of `size` x `size` outputs; 2 or 4. `conv` must have its packed weight, which is transformed here, and
   // must outlive this object.

@@ -22,6 +22,7 @@ BLOCK_SIZES = [1, 2, 3, 5, 8, 13, 16, 31, 32, 33, 64]
 def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> str:
     """A precision that the processor has kernels of, forced; skips the test where it has none."""
     monkeypatch.setenv("TETRIS_ONNX_ISA", ISA[request.param])
+    monkeypatch.setenv("TETRIS_ONNX_CONV", "direct")  # Winograd's form is float32
     try:
         models.session(models.make_model(models.random_op(rng, (1, 1), (1, 1)), [1, 1]))
     except Exception as error:
@@ -159,6 +160,22 @@ def test_fused(
     expected = op.expected(x, addend)
     y = models.run(op, x, 2, addend)
     np.testing.assert_allclose(y, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+def test_bfloat16_is_float32_where_winograd_is_faster(
+    precision: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TETRIS_ONNX_CONV", "auto")
+    op = models.random_op(rng, (256, 128, 3, 3), (32, 32), 1.0, pads=[1] * 4, precision=precision)
+    x = random_input(rng, 1, 128, 56, 56)  # of the many multiplications that Winograd's form saves most of
+    y = models.run(op, x)
+    rounded, exact = op.expected(x), models.with_attributes(op, precision="float32").expected(x)
+    error = np.abs(y - exact).max() / np.abs(exact).max()
+    if precision == "bfloat16":
+        assert error < 1e-4  # Winograd's own rounding of float32
+    else:
+        assert error > 1e-3
+        np.testing.assert_allclose(y, rounded, rtol=0, atol=TOLERANCE * np.abs(rounded).max())
 
 
 @pytest.mark.parametrize("sign", [1, -1])
