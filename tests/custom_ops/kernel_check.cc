@@ -232,9 +232,9 @@ double check_conv(Random& random, const tetris::KernelSet& kernels) {
   for (const Algorithm asked : {Algorithm::kAuto, Algorithm::kDirect, Algorithm::kWinograd2, Algorithm::kWinograd4}) {
     if (asked != Algorithm::kAuto && !winograd) continue;
     tetris::ConvKernel kernel(a, weight.view, {-20.0F, 90.0F}, kernels, fused, asked);
+    if (random.to(0, 1) == 0) kernel.specialize(batch, size);
     worst = std::max(worst, difference_of_runs(expected, [&](float* y, const Threads& pool) {
-                       if (random.to(0, 1) == 0) kernel.specialize(batch, size);
-    kernel.run(x.data(), addend.empty() ? nullptr : addend.data(), batch, size, y, pool);
+                       kernel.run(x.data(), addend.empty() ? nullptr : addend.data(), batch, size, y, pool);
                      }));
   }
   return worst;
