@@ -237,19 +237,21 @@ def check_rewrite(
     dynamic: int = 2,
     tolerance: float = TOLERANCE,
     left: int | None = 0,
+    whole: int = 0,
 ) -> onnx.ModelProto:
     """Rewrite ``model`` and compare it with the dense model with the same blocks zeroed, in plain onnxruntime.
 
     So is what the passes for the CUDA target make of it, which differs in its layout only.
 
-    ``left``: how many Gathers have to be there (None: any number). Returns the model rewritten for the CPU.
+    ``left``: how many Gathers have to be there (None: any number). ``whole``: how many first convolutions our operator
+    runs with all their blocks, beside the layers of ``plan``. Returns the model rewritten for the CPU.
     """
     plan = random_plan(model) if plan is None else plan
     before = model.SerializeToString()
     result = rewrite(model, plan, gathers)
     reference = masked_dense(model, plan)
     assert model.SerializeToString() == before
-    assert len(block_sparse_nodes(result)) == len(plan)
+    assert len(block_sparse_nodes(result)) == len(plan) + whole
     onnx.checker.check_model(result, full_check=True)
     feed = random_feed(model, dynamic)
     error = relative_error(run(reference, feed), run(result, feed))
