@@ -350,7 +350,7 @@ class TestMatchPlan:
                 assert found[name].baseline == pytest.approx(row.baseline, abs=0.02)
             else:
                 assert found[name].reason
-        check_rewrite(tuned.build(), plan)
+        check_rewrite(tuned.build(), plan, whole=1)
 
     def test_a_layer_that_is_not_planned(self) -> None:
         net = network()

@@ -166,7 +166,8 @@ def _prune(
                 plans.append(decision)
                 keep = support((decision.out_perm, decision.in_perm), decision.block_size, decision.keep, _taps(layer))
             weight, bias = seen.refit(keep, bounds, choose_damping=True, workers=config.workers)
-            new = NewWeights(weight.reshape(layer.weight_shape).astype(np.float32), bias.astype(np.float32))
+            kind = layer.weight.dtype
+            new = NewWeights(weight.reshape(layer.weight_shape).astype(kind), bias.astype(kind))
             activations.replace(layer.name, layer.stored(new.weight), new.bias)
             weights[layer.name] = new
             rows[layer.name] = replace(describe(candidate, decision, shares), output_error=seen.error(weight))
