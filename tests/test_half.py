@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -113,14 +114,17 @@ def test_a_mixed_model_keeps_its_casts() -> None:
         np.testing.assert_allclose(y, expected, rtol=0, atol=2.0**-10 * np.abs(expected).max())
 
 
-def test_calibration(tmp_path: Path) -> None:
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_calibration(tmp_path: Path, allocation: str) -> None:
     net = Net()
     a = net.op("Relu", net.conv(net.input("x", ["N", 16, 8, 8]), (16, 32)))
     net.output(net.matmul(net.op("Flatten", a), (32 * 64, 16)))
     model = convert(net.build(), "float16")
     np.savez(tmp_path / "samples.npz", x=x_of(16, 16, 8, 8))
-    result = optimize(model, CONFIG, calibration=tmp_path / "samples.npz")
-    assert [row.status for row in result.report.layers] == ["block-sparse"] * 2
+    config = replace(CONFIG, allocation=allocation)
+    result = optimize(model, config, calibration=tmp_path / "samples.npz")
+    pruned = {row.status for row in result.report.layers}
+    assert pruned == {"block-sparse"} if allocation == "uniform" else "block-sparse" in pruned
     assert {t.data_type for t in result.model.graph.initializer} == {TensorProto.FLOAT16, TensorProto.INT64}
 
 

@@ -238,7 +238,8 @@ def _fit(
     """The best weight, as the layer's node stores it, and bias; zeros where ``keep`` says."""
     keep = np.ones((layer.weight_shape[0], problem.features), bool) if keep is None else keep
     weight, bias = problem.refit(keep, bounds, workers=config.workers)
-    return layer.stored(weight.reshape(layer.weight_shape).astype(np.float32)), bias.astype(np.float32)
+    kind = layer.weight.dtype
+    return layer.stored(weight.reshape(layer.weight_shape).astype(kind)), bias.astype(kind)
 
 
 def _order(
