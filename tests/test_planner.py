@@ -321,7 +321,7 @@ def test_layers_that_are_block_sparse_already() -> None:
     # The planned layers and the first convolution, which is kept whole.
     assert [row.reason for row in rows].count("it is block-sparse already") == len(plan) + 1 == 5
     with pytest.raises(PlanError):
-        match_plan(graph, plan, Config())
+        match_plan(survey(graph, Config()), plan, Config())
 
 
 def test_no_layers_at_all() -> None:
@@ -342,7 +342,7 @@ class TestMatchPlan:
                 noise = tuned.rng.normal(scale=0.01, size=values.shape).astype(np.float32)
                 initializer.CopyFrom(onnx.numpy_helper.from_array(values + noise, initializer.name))
         graph = prepare(io.to_graph(tuned.build()))
-        found = {row.layer: row for row in match_plan(graph, plan, Config())}
+        found = {row.layer: row for row in match_plan(survey(graph, Config()), plan, Config())}
         for name, row in rows.items():
             assert found[name].status == row.status and found[name].density == row.density
             if row.retained is not None and row.baseline is not None:
@@ -356,7 +356,9 @@ class TestMatchPlan:
         net = network()
         plan, _ = planned(net)
         part = Plan(plan.layers[1:])
-        rows = {r.layer: r for r in match_plan(prepare(io.to_graph(net.build())), part, Config(block_size=(16, 16)))}
+        config = Config(block_size=(16, 16))
+        candidates = survey(prepare(io.to_graph(net.build())), config)
+        rows = {r.layer: r for r in match_plan(candidates, part, config)}
         assert rows["conv2"].status == "dense" and rows["conv2"].reason == "it is not in the plan"
 
     @pytest.mark.parametrize("change", ["name", "shape", "grouped"])
@@ -371,7 +373,7 @@ class TestMatchPlan:
             x = net.conv(net.conv(net.input("x", ["N", 32, 16, 16]), (32, 32)), (32, 48))
         net.output(x)
         with pytest.raises(PlanError) as error:
-            match_plan(prepare(io.to_graph(net.build())), plan, Config())
+            match_plan(survey(prepare(io.to_graph(net.build())), Config()), plan, Config())
         message = str(error.value)
         assert "\n" not in message
         expected = {

@@ -64,7 +64,7 @@ class Problem:
         predictions: dict[str, tuple[float, float]] = {}
         weights: dict[str, NewWeights] = {}
         if plan is not None:
-            rows = match_plan(self.graph, plan, config)
+            rows = match_plan(candidates, plan, config)
         elif config.allocation != "uniform":
             candidates, predictions = self._allocate(candidates, config)
         if self.samples is not None:

@@ -152,12 +152,11 @@ def make_plan(
     return Plan(tuple(plans)), rows
 
 
-def match_plan(graph: gs.Graph, plan: Plan, config: Config) -> list[LayerReport]:
-    """Check that a plan made elsewhere fits the layers of a prepared graph, and describe them.
+def match_plan(candidates: Sequence[Candidate], plan: Plan, config: Config) -> list[LayerReport]:
+    """Check that a plan made elsewhere fits the ``candidates``, all layers of a prepared graph, and describe them.
 
     Raises `PlanError` where it names a layer that is not there, cannot be pruned or has another shape.
     """
-    candidates = survey(graph, config)
     by_name = {c.layer.name: c for c in candidates}
     for wanted in plan:
         candidate = by_name.get(wanted.layer)
@@ -299,16 +298,20 @@ def search_order(
 def _run(tasks: Sequence[tuple], workers: int | None, progress: Progress | None) -> list[Reordering]:
     """The searches' results in the order of ``tasks``; the longest start first."""
     order = sorted(range(len(tasks)), key=lambda i: -tasks[i][0].size)
-    total = sum(task[0].size for task in tasks)
-    processes = min(workers or cpu_count(), len(tasks)) if total >= _WORTH_PROCESSES else 1
     found: dict[int, Reordering] = {}
     # joblib hands large arrays over as memory maps and keeps each process to its share of the BLAS threads.
-    runner = Parallel(n_jobs=max(processes, 1), return_as="generator_unordered", batch_size=1)
+    processes = process_count([task[0].size for task in tasks], workers)
+    runner = Parallel(n_jobs=processes, return_as="generator_unordered", batch_size=1)
     for index, result in runner(delayed(_numbered)(i, tasks[i]) for i in order):
         found[index] = result
         if progress is not None:
             progress("search", len(found), len(tasks))
     return [found[i] for i in range(len(tasks))]
+
+
+def process_count(sizes: Sequence[int], workers: int | None) -> int:
+    """How many processes search layers with so many weights: ``workers`` at most, one where more cost too much."""
+    return max(min(workers or cpu_count(), len(sizes)), 1) if sum(sizes) >= _WORTH_PROCESSES else 1
 
 
 def _numbered(index: int, task: tuple) -> tuple[int, Reordering]:

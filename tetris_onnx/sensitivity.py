@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx
-from joblib import Parallel, cpu_count, delayed
+from joblib import Parallel, delayed
 from numpy.typing import NDArray
 
 from tetris_onnx.activations import Activations, Changes, Seen
@@ -32,7 +32,7 @@ from tetris_onnx.calibration import Samples
 from tetris_onnx.config import Config
 from tetris_onnx.graph.layers import Layer
 from tetris_onnx.graph.outputs import before_squashing
-from tetris_onnx.planner import Candidate, Progress, free_axes
+from tetris_onnx.planner import Candidate, Progress, free_axes, process_count
 from tetris_onnx.recovery import layer_samples
 
 # Rows of the least squares: fewer than the recovery takes.
@@ -143,7 +143,7 @@ def estimate(candidates: Sequence[Candidate], config: Config, progress: Progress
         (importance(c.layer.weight, "l2"), c.block_size, 1 - density, free_axes(c, config), config.reorder, config.seed)
         for c in free
     ]
-    processes = min(config.workers or cpu_count(), max(len(tasks), 1)) if sum(t[0].size for t in tasks) > 2**21 else 1
+    processes = process_count([task[0].size for task in tasks], config.workers)
     curves = Parallel(n_jobs=processes, batch_size=1)(delayed(_kept_energy)(*task) for task in tasks)
     if progress is not None:
         progress("sensitivity", len(tasks), len(tasks))
