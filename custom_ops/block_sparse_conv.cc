@@ -7,9 +7,6 @@
 namespace tetris {
 namespace {
 
-// Kernel sizes, strides, dilations and pads beyond this are mistakes; below, no product of two overflows.
-constexpr int64_t kMaxSize = INT32_MAX;
-
 // The position of a spatial dimension among (outer, middle, inner): see Spatial.
 size_t place(size_t dimension, size_t rank) { return rank == 2 ? 2 * dimension : dimension; }
 
@@ -70,19 +67,6 @@ ConvNode::ConvNode(const NodeReader& node, bool pooled)
     }
   }
 
-  // `per_dimension` values for each spatial dimension, from `least` on.
-  auto read = [&](const char* name, size_t per_dimension, int64_t least, int64_t otherwise) {
-    const size_t count = per_dimension * rank;
-    if (!node.has_ints(name)) return std::vector<int64_t>(count, otherwise);
-    std::vector<int64_t> values = node.ints(name);
-    bool good = values.size() == count;
-    for (const int64_t value : values) good = good && value >= least && value <= kMaxSize;
-    if (!good) {
-      node.fail(std::string("attribute ") + name + " is " + to_string(values) + ", expected " + std::to_string(count) +
-                " values of at least " + std::to_string(least));
-    }
-    return values;
-  };
   const std::vector<int64_t> kernel_size(shape.begin() + 2, shape.end());
   int64_t taps = 1;
   for (const int64_t size : kernel_size) {
@@ -101,8 +85,8 @@ ConvNode::ConvNode(const NodeReader& node, bool pooled)
   if (const int64_t group = node.integer("group", 1); group != 1) {
     node.fail("attribute group is " + std::to_string(group) + ", only 1 is supported");
   }
-  const std::vector<int64_t> strides = read("strides", 1, 1, 1), dilations = read("dilations", 1, 1, 1);
-  const std::vector<int64_t> pads = read("pads", 2, 0, 0);
+  const std::vector<int64_t> strides = node.sizes("strides", rank, 1, 1), dilations = node.sizes("dilations", rank, 1, 1);
+  const std::vector<int64_t> pads = node.sizes("pads", 2 * rank, 0, 0);
   attributes_ = {{1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {0, 0, 0}};
   for (size_t d = 0; d < rank; ++d) {
     const size_t at = place(d, rank);

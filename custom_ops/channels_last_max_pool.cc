@@ -4,27 +4,11 @@
 #include <cmath>
 
 namespace tetris {
-namespace {
-
-constexpr int64_t kMaxSize = INT32_MAX;  // of a window and its strides and pads: below, no product of two overflows
-
-}  // namespace
 
 MaxPoolNode::MaxPoolNode(const NodeReader& node) : where_(node.where()) {
-  auto read = [&](const char* name, size_t count, int64_t least, int64_t otherwise) {
-    if (!node.has_ints(name)) return std::vector<int64_t>(count, otherwise);
-    const std::vector<int64_t> values = node.ints(name);
-    bool good = values.size() == count;
-    for (const int64_t value : values) good = good && value >= least && value <= kMaxSize;
-    if (!good) {
-      node.fail(std::string("attribute ") + name + " is " + to_string(values) + ", expected " + std::to_string(count) +
-                " values of at least " + std::to_string(least));
-    }
-    return values;
-  };
   if (!node.has_ints("kernel_shape")) node.fail("attribute kernel_shape is missing");
-  const std::vector<int64_t> kernel = read("kernel_shape", 2, 1, 1), strides = read("strides", 2, 1, 1);
-  const std::vector<int64_t> pads = read("pads", 4, 0, 0);
+  const std::vector<int64_t> kernel = node.sizes("kernel_shape", 2, 1, 1), strides = node.sizes("strides", 2, 1, 1);
+  const std::vector<int64_t> pads = node.sizes("pads", 4, 0, 0);
   for (size_t d = 0; d < 2; ++d) {
     // As in ONNX: every window holds a value.
     if (pads[d] >= kernel[d] || pads[2 + d] >= kernel[d]) {

@@ -130,6 +130,18 @@ std::vector<int64_t> NodeReader::ints(const char* name) const {
   return values;
 }
 
+std::vector<int64_t> NodeReader::sizes(const char* name, size_t count, int64_t least, int64_t otherwise) const {
+  if (!has_ints(name)) return std::vector<int64_t>(count, otherwise);
+  std::vector<int64_t> values = ints(name);
+  bool good = values.size() == count;
+  for (const int64_t value : values) good = good && value >= least && value <= kMaxSize;
+  if (!good) {
+    fail(std::string("attribute ") + name + " is " + to_string(values) + ", expected " + std::to_string(count) +
+         " values of at least " + std::to_string(least));
+  }
+  return values;
+}
+
 int64_t NodeReader::integer(const char* name, int64_t otherwise) const {
   int64_t value = 0;
   ort::Status* status = api_.KernelInfoGetAttribute_int64(info_, name, &value);

@@ -41,6 +41,9 @@ enum Input : size_t { kX, kBlocks, kBlockIndex, kInputPerm, kOutputPerm, kBias, 
 const char* input_name(size_t input);
 ort::ElementType input_type(size_t input, ort::ElementType element);
 
+// Kernel sizes, strides, dilations and pads beyond this are mistakes; below, no product of two overflows.
+constexpr int64_t kMaxSize = INT32_MAX;
+
 // One node, as a kernel sees it when it is created.
 class NodeReader {
  public:
@@ -54,6 +57,8 @@ class NodeReader {
 
   bool has_ints(const char* name) const;
   std::vector<int64_t> ints(const char* name) const;  // an error if missing
+  // `count` values from `least` to kMaxSize; `otherwise`, so often, if missing.
+  std::vector<int64_t> sizes(const char* name, size_t count, int64_t least, int64_t otherwise) const;
   int64_t integer(const char* name, int64_t otherwise) const;
   float number(const char* name, float otherwise) const;
 
