@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "cpu/quantize.h"
-
 namespace tetris {
 namespace {
 
@@ -190,9 +188,11 @@ template <Fused F>
 ConvOp<F>::ConvOp(const ort::Api& api, const NodeReader& node) : api_(api), node_(node, F == Fused::kMaxPool) {
   const Activation activation = node.activation();
   const BlockSparseWeight weight = node.weight(node_.weight_shape());
+  const std::optional<Range> range = node.input_range();
   try {
     kernel_ = std::make_unique<ConvKernel>(node_.attributes(), weight, activation,
                                            kernels_for(node.precision(), weight), F, select_conv_algorithm());
+    if (range) kernel_->set_input_range(*range);
     const std::vector<int64_t> shape = node.input_shape(kX);
     // A batch of unknown size counts as one image.
     if (const auto size = node_.known_size(shape)) kernel_->specialize(std::max<int64_t>(shape[0], 1), *size);

@@ -1,7 +1,5 @@
 #include "block_sparse_gemm.h"
 
-#include "cpu/quantize.h"
-
 namespace tetris {
 
 GemmNode::GemmNode(const NodeReader& node) : where_(node.where()), weight_shape_(node.ints("weight_shape")) {
@@ -37,8 +35,10 @@ BlockSparseGemm::BlockSparseGemm(const ort::Api& api, const ort::KernelInfo* inf
 BlockSparseGemm::BlockSparseGemm(const ort::Api& api, const NodeReader& node) : api_(api), node_(node) {
   const Activation activation = node.activation();
   const BlockSparseWeight weight = node.weight(node_.weight_shape());
+  const std::optional<Range> range = node.input_range();
   try {
     kernel_ = std::make_unique<GemmKernel>(weight, activation, kernels_for(node.precision(), weight));
+    if (range) kernel_->set_input_range(*range);
   } catch (const std::logic_error& error) {
     node.fail(error.what());
   } catch (const std::runtime_error& error) {

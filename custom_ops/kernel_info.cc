@@ -178,6 +178,25 @@ Precision NodeReader::precision() const {
   fail("attribute precision is '" + name + "', expected float32, bfloat16 or int8");
 }
 
+std::optional<Range> NodeReader::input_range() const {
+  size_t size = 0;
+  ort::Status* status = api_.KernelInfoGetAttributeArray_float(info_, "input_range", nullptr, &size);
+  if (status != nullptr) {
+    api_.ReleaseStatus(status);
+    return std::nullopt;
+  }
+  if (size != 2) fail("attribute input_range has " + std::to_string(size) + " values, expected [least, largest]");
+  float ends[2];
+  check(api_, api_.KernelInfoGetAttributeArray_float(info_, "input_range", ends, &size));
+  if (!std::isfinite(ends[0]) || !std::isfinite(ends[1]) || ends[0] > ends[1]) {
+    fail("attribute input_range is [" + std::to_string(ends[0]) + ", " + std::to_string(ends[1]) +
+         "], expected two finite numbers, the least first");
+  }
+  Range range;  // holds 0
+  range.add({ends[0], ends[1]});
+  return range;
+}
+
 Activation NodeReader::activation() const {
   const float infinity = std::numeric_limits<float>::infinity();
   const Activation range{number("activation_min", -infinity), number("activation_max", infinity)};

@@ -3,11 +3,13 @@
 
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu/parallel.h"
+#include "cpu/quantize.h"
 #include "cpu/weight.h"
 #include "ort_abi.h"
 
@@ -70,6 +72,8 @@ class NodeReader {
   // Attributes activation_min and activation_max.
   Activation activation() const;
   Precision precision() const;
+  // Attribute input_range: what the bytes of X stand for (kInt8), if the model says it.
+  std::optional<Range> input_range() const;
 
   // Reads and checks everything that describes the weight; `shape` is attribute weight_shape: [outputs, inputs, ...].
   // It points to what this object and onnxruntime hold.

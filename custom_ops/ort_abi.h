@@ -103,6 +103,9 @@ class Api {
   void ReleaseTypeInfo(TypeInfo* info) const { call<98, void>(info); }
   void ReleaseTensorTypeAndShapeInfo(TensorTypeAndShapeInfo* info) const { call<99, void>(info); }
   void ReleaseAllocator(Allocator* allocator) const { call<132, void>(allocator); }
+  Status* KernelInfoGetAttributeArray_float(const KernelInfo* info, const char* name, float* out, size_t* size) const {
+    return call<162, Status*>(info, name, out, size);
+  }
   Status* KernelInfoGetAttributeArray_int64(const KernelInfo* info, const char* name, int64_t* out,
                                             size_t* size) const {
     return call<163, Status*>(info, name, out, size);

@@ -91,10 +91,13 @@ def quantize_weight(weight: FloatArray) -> FloatArray:
     return quantized
 
 
-def quantize_input(x: FloatArray, used: npt.NDArray[np.bool_]) -> FloatArray:
-    """What the bytes of one input [C, ...] stand for: 0 to 255 for the range of its ``used`` channels, and 0."""
-    low = x[used].min(initial=0).astype(np.float32)
-    high = x[used].max(initial=0).astype(np.float32)
+def quantize_input(
+    x: FloatArray, used: npt.NDArray[np.bool_], input_range: Sequence[float] | None = None
+) -> FloatArray:
+    """What the bytes of one input [C, ...] stand for: 0 to 255 for a range and 0: by default its ``used`` channels'."""
+    seen = x[used] if input_range is None else np.array(input_range)
+    low = seen.min(initial=0).astype(np.float32)
+    high = seen.max(initial=0).astype(np.float32)
     scale = high / np.float32(255) - low / np.float32(255)
     scale = scale if scale > 0 else np.float32(1)
     zero_point = np.rint(-low / scale)
@@ -103,13 +106,17 @@ def quantize_input(x: FloatArray, used: npt.NDArray[np.bool_]) -> FloatArray:
 
 
 def _rounded(
-    x: FloatArray, weight: FloatArray, used: npt.NDArray[np.bool_], precision: str
+    x: FloatArray,
+    weight: FloatArray,
+    used: npt.NDArray[np.bool_],
+    precision: str,
+    input_range: Sequence[float] | None,
 ) -> tuple[FloatArray, FloatArray]:
     """Inputs [N, C, ...] and a weight as a precision's products see them."""
     if precision == "bfloat16":
         return round_to_bfloat16(x), round_to_bfloat16(weight)
     if precision == "int8":
-        images = [quantize_input(image, used) for image in x]
+        images = [quantize_input(image, used, input_range) for image in x]
         return (np.stack(images) if images else x), quantize_weight(weight)
     assert precision == "float32"
     return x, weight
@@ -138,10 +145,11 @@ def block_sparse_conv(
     activation_min: float = -math.inf,
     activation_max: float = math.inf,
     precision: str = "float32",
+    input_range: Sequence[float] | None = None,
 ) -> FloatArray:
     """Op BlockSparseConv (see custom_ops/README.md) in float64, of operands rounded to ``precision``."""
     weight = dense_weight(blocks, block_index, input_perm, output_perm, weight_shape)
-    x, weight = _rounded(x, weight, _used_channels(block_index, input_perm, blocks.shape[2]), precision)
+    x, weight = _rounded(x, weight, _used_channels(block_index, input_perm, blocks.shape[2]), precision, input_range)
     y = conv(x, weight, bias, strides=strides, pads=pads, dilations=dilations)
     return np.clip(y, activation_min, activation_max)
 
@@ -162,10 +170,11 @@ def block_sparse_conv_add(
     activation_min: float = -math.inf,
     activation_max: float = math.inf,
     precision: str = "float32",
+    input_range: Sequence[float] | None = None,
 ) -> FloatArray:
     """Op BlockSparseConvAdd (see custom_ops/README.md) in float64: addend has the shape of the output."""
     weight = dense_weight(blocks, block_index, input_perm, output_perm, weight_shape)
-    x, weight = _rounded(x, weight, _used_channels(block_index, input_perm, blocks.shape[2]), precision)
+    x, weight = _rounded(x, weight, _used_channels(block_index, input_perm, blocks.shape[2]), precision, input_range)
     y = conv(x, weight, bias, strides=strides, pads=pads, dilations=dilations)
     return np.clip(y + addend, activation_min, activation_max)
 
@@ -194,10 +203,11 @@ def block_sparse_conv_max_pool(
     activation_min: float = -math.inf,
     activation_max: float = math.inf,
     precision: str = "float32",
+    input_range: Sequence[float] | None = None,
 ) -> FloatArray:
     """Op BlockSparseConvMaxPool (see custom_ops/README.md) in float64."""
     weight = dense_weight(blocks, block_index, input_perm, output_perm, weight_shape)
-    x, weight = _rounded(x, weight, _used_channels(block_index, input_perm, blocks.shape[2]), precision)
+    x, weight = _rounded(x, weight, _used_channels(block_index, input_perm, blocks.shape[2]), precision, input_range)
     y = conv(x, weight, bias, strides=strides, pads=pads, dilations=dilations)
     return max_pool(np.clip(y, activation_min, activation_max), pool_shape)
 
@@ -214,11 +224,12 @@ def block_sparse_gemm(
     activation_min: float = -math.inf,
     activation_max: float = math.inf,
     precision: str = "float32",
+    input_range: Sequence[float] | None = None,
 ) -> FloatArray:
     """Op BlockSparseGemm (see custom_ops/README.md) in float64: x [.., K] -> [.., M], rounded to ``precision``."""
     weight = dense_weight(blocks, block_index, input_perm, output_perm, weight_shape)
     shape = x.shape
-    x, weight = _rounded(x.reshape(-1, shape[-1]), weight, np.ones(shape[-1], bool), precision)
+    x, weight = _rounded(x.reshape(-1, shape[-1]), weight, np.ones(shape[-1], bool), precision, input_range)
     x = x.reshape(shape)
     y = x.astype(np.float64) @ weight.astype(np.float64).T
     if bias is not None:

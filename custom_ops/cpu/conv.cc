@@ -4,7 +4,6 @@
 #include <cstring>
 #include <numeric>
 
-#include "quantize.h"
 #include "winograd.h"
 
 namespace tetris {
@@ -127,28 +126,13 @@ ConvKernel::ConvKernel(const ConvAttributes& attributes, const BlockSparseWeight
   for (int64_t& column : column_) column = place[static_cast<size_t>(slot[static_cast<size_t>(column)])];
 
   weight_ = Buffer(static_cast<size_t>(weight_size) + kPrefetchPadding);
-  bias_ = Buffer(static_cast<size_t>(bias_size) + kBiasPadding);
-  std::vector<float> scales;
-  std::vector<int32_t> sums;
-  if (kernels.precision == Precision::kInt8) {
-    RowScales rows(weight);
-    scales = std::move(rows.scale);
-    sums = std::move(rows.sum);
-    row_scale_ = Buffer(static_cast<size_t>(bias_size) + kBiasPadding);
-    row_sum_.assign(static_cast<size_t>(bias_size) + kBiasPadding, 0);
-  }
+  terms_ = RowTerms(static_cast<size_t>(bias_size) + kBiasPadding, kernels.precision);
+  const RowScales scales(weight, kernels.precision);
   for (int64_t r = 0; r < weight.block_rows(); ++r) {
     const BlockRow& block_row = block_rows_[static_cast<size_t>(r)];
     for (size_t g = block_row.group_begin; g < block_row.group_end; ++g) {
       const RowGroup& group = groups_[g];
-      for (int k = 0; k < group.rows; ++k) {
-        const size_t to = static_cast<size_t>(group.bias + k);
-        const bool valid = k < group.valid_rows;
-        bias_.data()[to] = valid ? weight.bias_of(group.row + k) : 0.0F;
-        if (scales.empty()) continue;
-        row_scale_.data()[to] = valid ? scales[static_cast<size_t>(group.row + k)] : 0.0F;
-        row_sum_[to] = valid ? sums[static_cast<size_t>(group.row + k)] : 0;
-      }
+      terms_.set(group.bias, weight, scales, group.row, group.valid_rows);
       const int64_t first = group.row - r * weight.block_outputs;
       float* out = weight_.data() + group.weight;
       for (int64_t b = begins[static_cast<size_t>(r)]; b < begins[static_cast<size_t>(r) + 1]; ++b) {
@@ -161,7 +145,7 @@ ConvKernel::ConvKernel(const ConvAttributes& attributes, const BlockSparseWeight
               for (int64_t i = 0; valid && i < std::min(packed, width - j); ++i) {
                 values[i] = weight.at(b, first + k, j + i)[t];
               }
-              const float scale = scales.empty() || !valid ? 1.0F : scales[static_cast<size_t>(group.row + k)];
+              const float scale = valid ? scales.scale[static_cast<size_t>(group.row + k)] : 1.0F;
               out[t * group.rows + k] = pack_weights(kernels.precision, values, scale);
             }
           }
@@ -607,10 +591,10 @@ struct ConvKernel::Work {
       for (size_t g = group_begin; g < group_end; ++g) {
         const RowGroup& group = kernel.groups_[g];
         call.weight = kernel.weight_.data() + group.weight;
-        call.bias = kernel.bias_.data() + group.bias;
+        call.bias = kernel.terms_.bias.data() + group.bias;
         if (quantized != nullptr) {
-          call.row_scale = kernel.row_scale_.data() + group.bias;
-          call.row_sum = kernel.row_sum_.data() + group.bias;
+          call.row_scale = kernel.terms_.scale.data() + group.bias;
+          call.row_sum = kernel.terms_.sum.data() + group.bias;
         }
         call.row_offset = row_offset + group.row;
         call.rows = group.rows;
@@ -808,7 +792,11 @@ void ConvKernel::run(const float* x, const float* addend, int64_t batch, const S
   Work work{*this, *plan, x, addend, y};
   std::vector<Quantization> quantized;
   if (kernels_.precision == Precision::kInt8) {
-    quantized = quantize_images(x, batch, plan->input_plane, pool);
+    if (input_quantization_) {
+      quantized.assign(static_cast<size_t>(batch), *input_quantization_);
+    } else {
+      quantized = quantize_images(x, batch, plan->input_plane, pool);
+    }
     work.quantized = quantized.data();
   }
   work.stages = batch * static_cast<int64_t>(plan->strips.size());

@@ -5,11 +5,13 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <vector>
 
 #include "buffer.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "quantize.h"
 #include "weight.h"
 
 namespace tetris {
@@ -52,6 +54,9 @@ class ConvKernel {
   // both are kept. run() takes any size all the same. Not while another thread uses the kernel.
   void specialize(int64_t batch, const Spatial& input);
 
+  // kInt8: the bytes of every input stand for this range; without it each run finds that of its input.
+  void set_input_range(const Range& range) { input_quantization_ = quantization_of(range); }
+
   // y[batch][outputs][output size] from x[batch][inputs][input] and, for kAdd, addend, of the size of y, which may be in
   // the same place. May be called from several threads at once.
   void run(const float* x, const float* addend, int64_t batch, const Spatial& input, float* y,
@@ -70,7 +75,7 @@ class ConvKernel {
   struct RowGroup {
     int64_t row;  // first, in reordered order
     int rows, valid_rows;
-    int64_t weight, bias;  // offsets into weight_, bias_
+    int64_t weight, bias;  // offsets into weight_, terms_
   };
   struct BlockRow {
     int64_t channel_begin, channel_count;  // into column_
@@ -99,9 +104,8 @@ class ConvKernel {
   std::vector<Source> used_;          // what any block row reads
   std::vector<int64_t> output_perm_;  // output channel of each reordered row
   Buffer weight_;                     // [block row][row group][packed column][tap][row]
-  Buffer bias_;                       // [row group][row]
-  Buffer row_scale_;                  // kInt8 only, as row_sum_; [row group][row]
-  std::vector<int32_t> row_sum_;
+  RowTerms terms_;                    // [row group][row]
+  std::optional<Quantization> input_quantization_;
   ConvAlgorithm algorithm_;
   // Made when an input first needs them: the size is known only then.
   struct LazyWinograd {

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <numeric>
 
-#include "quantize.h"
-
 namespace tetris {
 namespace {
 
@@ -77,29 +75,14 @@ GemmKernel::GemmKernel(const BlockSparseWeight& weight, Activation activation, c
   }
 
   weight_ = Buffer(static_cast<size_t>(weight_size) + kPrefetchPadding);
-  bias_ = Buffer(static_cast<size_t>(bias_size));
-  std::vector<float> scales;
-  std::vector<int32_t> sums;
-  if (kernels.precision == Precision::kInt8) {
-    RowScales rows(weight);
-    scales = std::move(rows.scale);
-    sums = std::move(rows.sum);
-    row_scale_ = Buffer(static_cast<size_t>(bias_size));
-    row_sum_.assign(static_cast<size_t>(bias_size), 0);
-  }
+  terms_ = RowTerms(static_cast<size_t>(bias_size), kernels.precision);
+  const RowScales scales(weight, kernels.precision);
   for (int64_t r = 0; r < weight.block_rows(); ++r) {
     const BlockRow& block_row = block_rows_[static_cast<size_t>(r)];
     for (size_t p = block_row.panel_begin; p < block_row.panel_end; ++p) {
       const Panel& panel = panels_[p];
       const int64_t width = panel.vectors * lanes;
-      for (int64_t k = 0; k < width; ++k) {
-        const size_t to = static_cast<size_t>(panel.bias + k);
-        const bool valid = k < panel.valid_rows;
-        bias_.data()[to] = valid ? weight.bias_of(panel.row + k) : 0.0F;
-        if (scales.empty()) continue;
-        row_scale_.data()[to] = valid ? scales[static_cast<size_t>(panel.row + k)] : 0.0F;
-        row_sum_[to] = valid ? sums[static_cast<size_t>(panel.row + k)] : 0;
-      }
+      terms_.set(panel.bias, weight, scales, panel.row, panel.valid_rows);
       const int64_t first = panel.row - r * weight.block_outputs;
       float* out = weight_.data() + panel.weight;
       for (int64_t b = begins[static_cast<size_t>(r)]; b < begins[static_cast<size_t>(r) + 1]; ++b) {
@@ -107,7 +90,7 @@ GemmKernel::GemmKernel(const BlockSparseWeight& weight, Activation activation, c
         const int64_t packed = kernels.packed;
         for (int64_t k = 0; k < width; ++k) {
           const bool valid = k < panel.valid_rows;
-          const float scale = scales.empty() || !valid ? 1.0F : scales[static_cast<size_t>(panel.row + k)];
+          const float scale = valid ? scales.scale[static_cast<size_t>(panel.row + k)] : 1.0F;
           for (int64_t j = 0; j < columns; j += packed) {
             float values[kMostPacked] = {};
             for (int64_t i = 0; valid && i < std::min(packed, columns - j); ++i) {
@@ -190,7 +173,7 @@ struct GemmKernel::Work {
     for (size_t p = block_row.panel_begin; p < block_row.panel_end; ++p) {
       const Panel& panel = kernel.panels_[p];
       call.weight = kernel.weight_.data() + panel.weight;
-      call.bias = kernel.bias_.data() + panel.bias;
+      call.bias = kernel.terms_.bias.data() + panel.bias;
       call.row_index = kernel.output_perm_.data() + panel.row;
       call.contiguous = panel.contiguous;
       call.valid_rows = panel.valid_rows;
@@ -201,8 +184,8 @@ struct GemmKernel::Work {
         call.y = y + first * kernel.outputs_;
         if (quantized != nullptr) {
           call.quantized = quantized + first;
-          call.row_scale = kernel.row_scale_.data() + panel.bias;
-          call.row_sum = kernel.row_sum_.data() + panel.bias;
+          call.row_scale = kernel.terms_.scale.data() + panel.bias;
+          call.row_sum = kernel.terms_.sum.data() + panel.bias;
         }
         call.samples = static_cast<int>(first_sample(tile + 1) - first);
         kernel.kernels_.gemm_tile(call);
@@ -217,7 +200,9 @@ void GemmKernel::run(const float* x, int64_t samples, float* y, const ThreadPool
   const int64_t largest = std::max<int64_t>(
       kernels_.gemm_samples, kRoundBytes / (std::max<int64_t>(elements_, 1) * static_cast<int64_t>(sizeof(float))));
   std::vector<Quantization> quantized;
-  if (kernels_.precision == Precision::kInt8) {
+  if (kernels_.precision == Precision::kInt8 && input_quantization_) {
+    quantized.assign(static_cast<size_t>(samples), *input_quantization_);
+  } else if (kernels_.precision == Precision::kInt8) {
     quantized.resize(static_cast<size_t>(samples));
     auto find = [&](size_t s) {
       Range range;

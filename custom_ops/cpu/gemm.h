@@ -2,11 +2,13 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "buffer.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "quantize.h"
 #include "weight.h"
 
 namespace tetris {
@@ -17,6 +19,9 @@ class GemmKernel {
 
   int64_t inputs() const { return inputs_; }
   int64_t outputs() const { return outputs_; }
+
+  // kInt8: the bytes of every input stand for this range; without it each run finds that of each sample.
+  void set_input_range(const Range& range) { input_quantization_ = quantization_of(range); }
 
   // y[samples][outputs] from x[samples][inputs]. May be called from several threads at once.
   void run(const float* x, int64_t samples, float* y, const ThreadPool& pool) const;
@@ -29,7 +34,7 @@ class GemmKernel {
     int64_t row;  // first, in reordered order
     int vectors, valid_rows;
     bool contiguous;
-    int64_t weight, bias;  // offsets into weight_, bias_
+    int64_t weight, bias;  // offsets into weight_, terms_
   };
   struct BlockRow {
     size_t run_begin, run_end;      // into runs_
@@ -48,9 +53,8 @@ class GemmKernel {
   std::vector<int64_t> input_perm_;  // empty if it is the identity
   std::vector<int64_t> output_perm_;
   Buffer weight_;  // [block row][panel][kept element][row]
-  Buffer bias_;    // [panel][row]
-  Buffer row_scale_;  // kInt8 only, as row_sum_; [panel][row]
-  std::vector<int32_t> row_sum_;
+  RowTerms terms_;  // [panel][row]
+  std::optional<Quantization> input_quantization_;
   mutable LearnedThreads threads_;
 };
 

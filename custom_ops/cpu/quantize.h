@@ -1,12 +1,14 @@
 // How weights and inputs are rounded to the precisions other than float32, and how channels share an element.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <vector>
 
+#include "buffer.h"
 #include "kernels.h"
 #include "weight.h"
 
@@ -71,13 +73,15 @@ inline float pack_weights(Precision precision, const float* w, float scale) {
   return element;
 }
 
-// Each row's scale and the sum of its bytes (kInt8), by reordered row.
+// Each row's scale and the sum of its bytes, by reordered row. In other precisions than kInt8 the scales are 1.
 struct RowScales {
   std::vector<float> scale;
   std::vector<int32_t> sum;
 
-  explicit RowScales(const BlockSparseWeight& weight)
-      : scale(static_cast<size_t>(weight.outputs), 0.0F), sum(static_cast<size_t>(weight.outputs), 0) {
+  RowScales(const BlockSparseWeight& weight, Precision precision)
+      : scale(static_cast<size_t>(weight.outputs), 1.0F), sum(static_cast<size_t>(weight.outputs), 0) {
+    if (precision != Precision::kInt8) return;
+    std::fill(scale.begin(), scale.end(), 0.0F);
     auto for_each = [&](auto function) {
       for (int64_t b = 0; b < weight.block_count; ++b) {
         const int64_t r = weight.block_index[2 * b], columns = weight.columns_of(weight.block_index[2 * b + 1]);
@@ -94,6 +98,31 @@ struct RowScales {
     });
     for (float& s : scale) s = weight_scale(s);
     for_each([this](size_t row, float value) { sum[row] += quantize_weight(value, scale[row]); });
+  }
+};
+
+// What the rows of a packed weight have beside their weights. Rows that only fill up have zeros.
+struct RowTerms {
+  Buffer bias, scale;  // scale and sum: kInt8 only
+  std::vector<int32_t> sum;
+
+  RowTerms() = default;
+  RowTerms(size_t count, Precision precision) : bias(count) {
+    std::fill_n(bias.data(), count, 0.0F);
+    if (precision != Precision::kInt8) return;
+    scale = Buffer(count);
+    std::fill_n(scale.data(), count, 0.0F);
+    sum.assign(count, 0);
+  }
+
+  // The packed rows from `to` on are the weight's from `row` on.
+  void set(int64_t to, const BlockSparseWeight& weight, const RowScales& scales, int64_t row, int64_t count) {
+    for (int64_t k = 0; k < count; ++k) {
+      bias.data()[to + k] = weight.bias_of(row + k);
+      if (sum.empty()) continue;
+      scale.data()[to + k] = scales.scale[static_cast<size_t>(row + k)];
+      sum[static_cast<size_t>(to + k)] = scales.sum[static_cast<size_t>(row + k)];
+    }
   }
 };
 

@@ -344,7 +344,7 @@ struct WinogradConv::Work {
         const int64_t channel = conv.output_perm_[static_cast<size_t>(group.row + k)] * plan.output_plane;
         out.y = y + channel;
         out.addend = addend == nullptr ? nullptr : addend + channel;
-        out.bias = conv.bias_.data()[group.bias + k];
+        out.bias = conv.terms_.bias.data()[group.bias + k];
         conv.kernels_.winograd_output(out);
       }
     }

@@ -105,6 +105,10 @@ def with_attributes(op: Op, **attributes: Any) -> Op:
     return dataclasses.replace(op, attributes={**op.attributes, **attributes})
 
 
+def without_attribute(op: Op, name: str) -> Op:
+    return dataclasses.replace(op, attributes={key: value for key, value in op.attributes.items() if key != name})
+
+
 def make_model(
     op: Op,
     x_shape: Sequence[int | str | None],

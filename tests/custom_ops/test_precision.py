@@ -199,6 +199,55 @@ def test_an_image_does_not_depend_on_the_others(
         np.testing.assert_allclose(alone[0], together[image], rtol=1e-6, atol=1e-6 * np.abs(alone).max())
 
 
+@pytest.mark.parametrize("input_range", [(-1.0, 2.0), (0.0, 1.5), (-0.5, -0.25), (0.0, 0.0), (-3e38, 3e38)])
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 1), ()])
+def test_the_range_of_the_input_may_be_given(
+    precision: str, rng: np.random.Generator, kernel: tuple[int, ...], input_range: tuple[float, float]
+) -> None:
+    """With int8; what lies beyond is cut off. Another precision has no use for it."""
+    op = models.random_op(rng, (24, 40, *kernel), (8, 8), precision=precision, input_range=input_range)
+    x = random_input(rng, 3, 40, 9, 9) if kernel else random_input(rng, 3, 40)
+    check(op, x, threads=2)
+    same = np.array_equal(models.run(op, x), models.run(models.without_attribute(op, "input_range"), x))
+    assert same == (precision == "bfloat16")
+
+
+def test_with_a_given_range_nan_and_inf_are_its_ends(rng: np.random.Generator) -> None:
+    attributes = {"weight_shape": [1, 4], "block_size": [1, 4], "precision": "int8", "input_range": [-1.0, 2.0]}
+    op = models.Op(
+        "BlockSparseGemm",
+        np.eye(1, 4)[None].astype(np.float32),
+        np.zeros((1, 2), np.int64),
+        *map(np.arange, (4, 1)),
+        None,
+        attributes,
+    )
+    x = np.array([[np.nan, 0, 0, 0], [np.inf, 0, 0, 0], [-np.inf, 0, 0, 0]], np.float32)
+    y = models.run(op, x)
+    if np.isnan(y).any():
+        pytest.skip("this processor has no int8 kernels")
+    np.testing.assert_allclose(y, [[-1], [2], [-1]], atol=3 / 510 + 1e-6)  # half a step
+
+
+@pytest.mark.parametrize(
+    ("input_range", "found"),
+    [
+        ([1.0], "has 1 values"),
+        ([1.0, 2.0, 3.0], "has 3 values"),
+        ([2.0, 1.0], r"is \[2.0+, 1.0+\]"),
+        ([0.0, np.inf], r"is \[0.0+, inf\]"),
+        ([np.nan, 1.0], "nan, 1.0+"),
+    ],
+)
+@pytest.mark.parametrize("kernel", [(3, 3), ()])
+def test_a_range_that_is_none_is_an_error(
+    rng: np.random.Generator, kernel: tuple[int, ...], input_range: list[float], found: str
+) -> None:
+    op = models.random_op(rng, (4, 4, *kernel), (4, 4), precision="int8", input_range=input_range)
+    with pytest.raises(Exception, match=f"attribute input_range .*{found}.*expected"):
+        models.session(models.make_model(op, (1, 4, 5, 5) if kernel else (1, 4)))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_nan_and_inf(precision: str, rng: np.random.Generator, value: float) -> None:
     """bfloat16: exactly the outputs that use it, as in float32; int8: all outputs of its image, of no other."""
