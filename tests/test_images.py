@@ -150,12 +150,6 @@ def test_an_open_size_is_given(folder: Path) -> None:
     assert load_images(folder, spec, options).samples["x"].shape == (2, 3, 4, 6)
 
 
-def test_without_pillow_it_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "PIL", None)
-    with pytest.raises(CalibrationError, match=r"needs pillow: pip install 'tetris-onnx\[calibrate\]'"):
-        load_images(folder, NCHW, PLAIN)
-
-
 def test_options_as_they_are_written() -> None:
     found = parse_image_options("0.485,0.456,0.406", "0.5", "1/127.5", "nhwc", "224x192", True)
     assert found == ImageOptions((0.485, 0.456, 0.406), (0.5,), 1 / 127.5, "NHWC", (224, 192), True)

@@ -251,6 +251,7 @@ def optimize(
             max_drop=max_drop,
             labeled=searched_on,
             measure=measure,
+            weight_pictures=report is not None and report.suffix.lower() == ".html",
         )
         outcome = replace(result.report, model=str(model), output=str(output))
         if searched_on is not None:
@@ -268,7 +269,7 @@ def optimize(
     if save_plan is not None:
         result.plan.save(save_plan)
     if report is not None:
-        write_report(outcome, report)
+        write_report(outcome, report, result.maps)
     if json:
         sys.stdout.write(to_json(outcome))
     else:

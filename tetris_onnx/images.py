@@ -13,10 +13,10 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
 from tetris_onnx.calibration import CalibrationError, Data, InputSpec, count, load_labels, load_samples
 from tetris_onnx.image_options import CHANNELS, LAYOUTS, ImageOptions
@@ -164,22 +164,13 @@ def _normalization(
 
 def _decode(file: Path, channels: int, size: tuple[int, int]) -> NDArray[np.float32]:
     """The pixels of an image, [height, width, channels] from 0 to 255."""
-    image_module, ops = _pillow()
-    with image_module.open(file) as opened:
-        image = ops.exif_transpose(opened)
+    with Image.open(file) as opened:
+        image = ImageOps.exif_transpose(opened)
         if image.mode.startswith("I") or image.mode == "F":
             raise ValueError(f"pixels of type {image.mode}, not 8 bit")
         image = image.convert("L" if channels == 1 else "RGB")
-        image = ops.fit(image, (size[1], size[0]), image_module.Resampling.BILINEAR)
+        image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
     return np.asarray(image, np.float32).reshape(*size, channels)
-
-
-def _pillow() -> tuple[Any, Any]:
-    try:
-        from PIL import Image, ImageOps
-    except ModuleNotFoundError:
-        raise CalibrationError("reading images needs pillow: pip install 'tetris-onnx[calibrate]'") from None
-    return Image, ImageOps
 
 
 def _allocate(shape: tuple[int, ...], dtype: np.dtype) -> NDArray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from tetris_onnx.algorithms.heatmap import Heatmap
 from tetris_onnx.calibration import CalibrationError, Data, InputSpec, Samples, count, fixed_batch, model_inputs
 from tetris_onnx.compare import compare
 from tetris_onnx.config import MEASURED_IMPORTANCES, Config, ConfigError
@@ -24,6 +25,7 @@ from tetris_onnx.graph.io import ModelError
 from tetris_onnx.graph.layers import CONV_ADD, CONV_MAX_POOL, DOMAIN
 from tetris_onnx.graph.outputs import before_squashing
 from tetris_onnx.graph.widen import rounding, widen
+from tetris_onnx.heatmaps import weight_maps
 from tetris_onnx.image_options import ImageOptions
 from tetris_onnx.images import load_data
 from tetris_onnx.machine import MEASURED, load_machine, measured, save_machine
@@ -76,6 +78,7 @@ class Result:
     model: onnx.ModelProto
     plan: Plan
     report: Report
+    maps: Mapping[str, Heatmap] = field(default_factory=dict)  # pictures of the weights by layer, where asked for
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ def optimize(
     images: ImageOptions | None = None,
     max_drop: float | None = None,
     labeled: Data | None = None,
+    weight_pictures: bool = False,
 ) -> Result:
     """Reorder, prune and lower the layers of ``model``, and verify the result in onnxruntime.
 
@@ -111,6 +115,8 @@ def optimize(
 
     ``measure``: time the result against the dense model on this machine, make layers that are slower than dense (beyond
     noise) dense again, and report what was measured; the first time, also fit the cost model to the machine.
+
+    ``weight_pictures``: also make pictures of every layer's weight, for a report's page.
 
     The result is compared with the dense model that has the same weights and zero blocks, on random inputs and on some
     of the samples.
@@ -201,7 +207,7 @@ def optimize(
     )
     if trial is not None:
         report = _with_times(report, trial)
-    return Result(built.model, plan, report)
+    return Result(built.model, plan, report, weight_maps(prepared, plan, weights) if weight_pictures else {})
 
 
 def _is_kept_whole(row: LayerReport, ours: set[str]) -> bool:

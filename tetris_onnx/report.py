@@ -1,4 +1,6 @@
-"""What a run did: one row per layer, the totals, and what they look like as a table, JSON, Markdown or HTML.
+"""What a run did: one row per layer, the totals, and what they look like as a table, JSON or Markdown.
+
+`report_page` makes a page of them.
 
 Sizes count weights only (no biases). Multiplications are those of one sample; the share of them that a layer keeps is
 the share of its weights that it keeps, since a dropped block drops every product it takes part in.
@@ -8,16 +10,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape as escape_markup
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from tetris_onnx.algorithms.heatmap import Heatmap
+
+
+COLUMNS = (
+    *("layer", "op", "weight", "block", "density", "retained", "not reordered", "multiplications"),
+    *("loss at half", "loss", "output error", "predicted ms", "measured ms", "status"),
+)
+_SUFFIXES = ".json", ".md", ".html"
 
 
 class ReportError(ValueError):
@@ -220,80 +232,37 @@ def to_markdown(report: Report) -> str:
     """The report as Markdown tables."""
     lines = [f"# {_md(report.model)} -> {_md(report.output)}", "", "| | |", "|---|---|"]
     lines += [f"| {_md(label)} | {_md(text)} |" for label, text in summary(report)]
-    lines += ["", "| " + " | ".join(_HEADERS) + " |", "|" + "---|" * len(_HEADERS)]
-    lines += ["| " + " | ".join(map(_md, _cells(row))) + " |" for row in report.layers]
+    lines += ["", "| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(map(_md, cells(row))) + " |" for row in report.layers]
     if report.notes:
         lines += ["", *(f"- {_md(note)}" for note in report.notes)]
     return "\n".join(lines) + "\n"
 
 
-def to_html(report: Report) -> str:
-    """The report as one HTML page that loads nothing."""
-    title = f"{escape(report.model)} &rarr; {escape(report.output)}"
-    totals = "".join(f"<tr><th>{escape(label)}</th><td>{escape(text)}</td></tr>\n" for label, text in summary(report))
-    head = "".join(f"<th>{header}</th>" for header in _HEADERS)
-    rows = "".join(
-        f'<tr class="{escape(row.status)}">' + "".join(f"<td>{escape(cell)}</td>" for cell in _cells(row)) + "</tr>\n"
-        for row in report.layers
-    )
-    notes = "".join(f"<li>{escape(note)}</li>\n" for note in report.notes)
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }}
-table {{ border-collapse: collapse; margin: 1rem 0 }}
-th, td {{ border-bottom: 1px solid #ccc; padding: .25rem .75rem; text-align: left; overflow-wrap: anywhere }}
-tr.dense {{ color: #777 }}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-<table>
-{totals}</table>
-<table>
-<thead><tr>{head}</tr></thead>
-<tbody>
-{rows}</tbody>
-</table>
-<ul>
-{notes}</ul>
-</body>
-</html>
-"""
-
-
 def check_report_path(path: Path) -> None:
     """Raise `ReportError` unless `write_report` knows the suffix of ``path``."""
-    if path.suffix.lower() not in _RENDERERS:
-        raise ReportError(f"{path}: a report ends in {', '.join(_RENDERERS)}")
+    if path.suffix.lower() not in _SUFFIXES:
+        raise ReportError(f"{path}: a report ends in {', '.join(_SUFFIXES)}")
 
 
-def write_report(report: Report, path: str | Path) -> None:
+def write_report(report: Report, path: str | Path, maps: Mapping[str, Heatmap] | None = None) -> None:
     """Write the report in the form that the suffix names (.json, .md, .html), whole or not at all.
 
-    Raises `ReportError` for any other suffix.
+    ``maps``: pictures of the weights by layer, which a page shows. Raises `ReportError` for any other suffix.
     """
     from tetris_onnx.graph.io import write_atomically
+    from tetris_onnx.report_page import to_html
 
     path = Path(path)
     check_report_path(path)
-    text = _RENDERERS[path.suffix.lower()](report)
+    form = path.suffix.lower()
+    text = to_html(report, maps) if form == ".html" else to_json(report) if form == ".json" else to_markdown(report)
     with write_atomically(path) as file:
         file.write(text.encode("utf-8"))
 
 
-_HEADERS = (
-    *("layer", "op", "weight", "block", "density", "retained", "not reordered", "multiplications"),
-    *("loss at half", "loss", "predicted ms", "measured ms", "status"),
-)
-_RENDERERS: dict[str, Callable[[Report], str]] = {".json": to_json, ".md": to_markdown, ".html": to_html}
-
-
-def _cells(row: LayerReport) -> tuple[str, ...]:
+def cells(row: LayerReport) -> tuple[str, ...]:
+    """A layer's row: one text for each of `COLUMNS`."""
     return (
         row.node,
         row.op_type,
@@ -305,10 +274,23 @@ def _cells(row: LayerReport) -> tuple[str, ...]:
         "?" if row.macs is None else count(row.macs),
         "" if row.sensitivity is None else f"{row.sensitivity:.2g}",
         "" if row.predicted_loss is None else f"{row.predicted_loss:.2g}",
+        "" if row.output_error is None else f"{row.output_error:.2g}",
         _ms(row.predicted_ms),
         _ms(row.measured_ms),
         _status(row),
     )
+
+
+def sort_keys(row: LayerReport) -> tuple[str | float, ...]:
+    """What the cells of a row are sorted by: a number where it is one, "" where it is not known."""
+    numbers = (
+        row.parameters,
+        0 if row.block_size is None else math.prod(row.block_size),
+        *(row.density, row.retained, row.baseline, row.macs),
+        *(row.sensitivity, row.predicted_loss, row.output_error),
+        *(None if times is None else times[1] for times in (row.predicted_ms, row.measured_ms)),
+    )
+    return row.node, row.op_type, *("" if n is None else n for n in numbers), _status(row)
 
 
 def _ms(times: tuple[float, float] | None) -> str:
