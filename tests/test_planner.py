@@ -407,3 +407,19 @@ def test_for_cuda_blocks_are_larger_and_layers_that_cannot_gain_stay_dense() -> 
     small.output(small.conv(small.conv(small.input("x", [1, 64, 7, 7]), (64, 128), kernel=1), (128, 128), kernel=1))
     _, rows = planned(small, target="cuda", block_size=None)
     assert re.fullmatch(r"it could save \S+ us on a GPU, less than a launch varies by", rows["conv1"].reason)
+
+
+def test_layers_in_subgraphs_are_listed_with_the_reason() -> None:
+    net = Net()
+    a = net.conv(net.input("x", ["N", 8, 8, 8]), (8, 12))
+    net.input("flag", [], onnx.TensorProto.BOOL)
+    branches = {}
+    for name in ("then_branch", "else_branch"):
+        node = onnx.helper.make_node("Conv", [a, net.weight(12, 12, 1, 1)], [f"{name}_y"])
+        info = onnx.helper.make_tensor_value_info(f"{name}_y", 1, ["N", 12, 8, 8])
+        branches[name] = onnx.helper.make_graph([node], name, [], [info])
+    net.output(net.op("If", "flag", **branches), shape=["N", 12, 8, 8])
+    rows = inspect(net.build())
+    assert [row.layer for row in rows] == ["conv1", "else_branch_y", "then_branch_y"]
+    assert [row.reason for row in rows[1:]] == ["it is in the body of If 'node_if1'"] * 2
+    assert rows[1].weight_shape == (12, 12, 1, 1)

@@ -25,7 +25,7 @@ from tetris_onnx.config import Config, LayerConfig
 from tetris_onnx.cost import CACHED_WEIGHTS, LayerShape, Machine, predict, predict_dense
 from tetris_onnx.cuda_cost import OPEN_BATCH
 from tetris_onnx.graph import io
-from tetris_onnx.graph.layers import Layer, conv_window, find_layers
+from tetris_onnx.graph.layers import Layer, conv_window, find_layers, nested_layers
 from tetris_onnx.graph.shapes import EXAMPLE_SIZES, example_shapes
 from tetris_onnx.machine import load_machine
 from tetris_onnx.passes import Pass, fuse_batchnorm, normalize_layers, run_passes
@@ -86,11 +86,11 @@ def prepare(graph: gs.Graph) -> gs.Graph:
 
 
 def survey(graph: gs.Graph, config: Config, machine: Machine | None = None) -> list[Candidate]:
-    """Every layer of a prepared graph, with what the options make of it.
+    """Every layer of a prepared graph, with what the options make of it; those in subgraphs come last.
 
     Times are predicted for ``machine``: this one, if none is given.
     """
-    layers = find_layers(graph)
+    layers = find_layers(graph) + nested_layers(graph)
     weighted = {
         id(layer.node)
         for layer in layers

@@ -75,3 +75,15 @@ def test_pools_count_windows_as_convolutions_do() -> None:
     first, second, third = sizes_of(net, pooled, rounded_up, conv)
     assert first == third
     assert first != second
+
+
+def test_gates_and_joined_branches_are_looked_through() -> None:
+    """Squeeze-excite, a Concat and a Split of channels leave the batch and the map as they are."""
+    net = Net()
+    x = net.input("x", ["N", 8, "H", "W"])
+    gated = net.op("Mul", x, net.op("Sigmoid", net.op("GlobalAveragePool", x)))
+    parts = net.ops("Split", [net.op("Concat", x, gated, axis=1), net.constant([8, 8])], 2, axis=1)
+    rows = net.op("Concat", x, x, axis=2)
+    first, second, third, fourth, tall = sizes_of(net, gated, *parts, net.op("Relu", x), rows)
+    assert first == second == third == fourth
+    assert tall[0] == first[0] and tall[2] != first[2] and tall[3] == first[3]

@@ -9,7 +9,7 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 
-from models import Net, op_counts, random_feed, relative_error, run
+from models import Net, check_rewrite, op_counts, random_feed, relative_error, run
 from tetris_onnx.graph import io
 from tetris_onnx.graph.layers import find_layers
 from tetris_onnx.passes import Pass, normalize_layers, run_passes
@@ -135,3 +135,13 @@ def test_constant_arguments_of_resize_slice_pad_and_reductions() -> None:
     net.output(net.op("ReduceMean", a, folded([2, 3])))
     _, result = normalized(net)
     assert op_counts(result) == {"Resize": 1, "Slice": 1, "Pad": 1, "ReduceMean": 1}
+
+
+def test_a_sum_of_two_is_an_add_that_a_convolution_takes() -> None:
+    """Caffe2's residual connections."""
+    net = Net()
+    a = net.op("Relu", net.conv(net.input("x", ["N", 8, 8, 8]), (8, 12)))
+    net.output(net.op("Relu", net.op("Sum", net.conv(a, (12, 12)), a)))
+    net.output(net.op("Sum", a, a, a))
+    counts = op_counts(check_rewrite(net.build(), left=None))
+    assert counts["BlockSparseConvAdd"] == 1 and counts["Sum"] == 1

@@ -18,6 +18,7 @@ import onnx_graphsurgeon as gs
 from onnx import version_converter
 from onnx_graphsurgeon.logger import G_LOGGER
 
+from tetris_onnx.graph.plain import plain_form
 from tetris_onnx.graph.shapes import UNKNOWN, infer_shapes
 from tetris_onnx.graph.widen import rounding
 
@@ -93,10 +94,17 @@ def save(model: onnx.ModelProto, path: str | Path) -> None:
 
 
 def raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same model at opset `MIN_OPSET` or later (unchanged where it already is). Raises `ModelError`.
+    """The same model at opset `MIN_OPSET` or later, in `plain_form` (unchanged where it already is).
 
     With float16 or bfloat16 weights at 15 or later, where the functions can take the type of their inputs (CastLike).
+    Raises `ModelError`.
     """
+    try:
+        model = plain_form(model)
+    except Exception as error:  # onnx raises many types for broken functions, numpy for broken sparse tensors
+        raise ModelError(
+            f"a function or a sparse weight of the model cannot be expanded ({_first_line(error)})"
+        ) from None
     least = _MIN_OPSET_HALF if rounding(model) else MIN_OPSET
     if opset(model) >= least:
         return model
@@ -148,6 +156,7 @@ def to_proto(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
     for field in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
         setattr(model, field, getattr(like, field))
     model.metadata_props.extend(like.metadata_props)
+    _restore_notes(model.graph, like.graph)
     for ours, theirs in ((model.graph.input, like.graph.input), (model.graph.output, like.graph.output)):
         known = {value.name: value for value in theirs}
         for value in ours:
@@ -157,6 +166,24 @@ def to_proto(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
             if dim.dim_param == UNKNOWN:  # runtimes take equal names for equal sizes
                 dim.ClearField("dim_param")
     return model
+
+
+def _restore_notes(graph: onnx.GraphProto, like: onnx.GraphProto) -> None:
+    """Give the graph, its nodes and its values the documentation and metadata that ``like`` has for them.
+
+    A node is known by its name, which passes keep; a node without one had been called like its first output.
+    """
+    nodes = {node.name or (node.output[0] if node.output else ""): node for node in like.node}
+    pairs: list[tuple] = [(graph, like)]
+    pairs += [(node, nodes[node.name]) for node in graph.node if node.name in nodes]
+    for field in ("initializer", "value_info"):
+        known = {value.name: value for value in getattr(like, field)}
+        pairs += [(value, known[value.name]) for value in getattr(graph, field) if value.name in known]
+    for ours, theirs in pairs:
+        if theirs.doc_string and not ours.doc_string:
+            ours.doc_string = theirs.doc_string
+        if hasattr(theirs, "metadata_props") and not ours.metadata_props:  # since onnx 1.16
+            ours.metadata_props.extend(theirs.metadata_props)
 
 
 def _name_nodes(graph: gs.Graph) -> None:

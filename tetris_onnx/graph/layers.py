@@ -122,13 +122,24 @@ def weight_type(weight: gs.Constant) -> str:
 
 
 def find_layers(graph: gs.Graph) -> list[Layer]:
-    """The layers of the main graph in node order; those in subgraphs and functions are left alone."""
+    """The layers of the main graph in node order; for those in subgraphs, see `nested_layers`."""
     layers = []
     for node in graph.nodes:
         if node.domain == DOMAIN and node.op in OUR_OPS:
             layers.append(Layer(node, "it is block-sparse already"))
         elif node.domain in (None, "", "ai.onnx") and node.op in ("Conv", "Gemm", "MatMul"):
             layers.append(Layer(node, _why_dense(node)))
+    return layers
+
+
+def nested_layers(graph: gs.Graph) -> list[Layer]:
+    """The layers in the bodies of If, Loop and Scan nodes, which no pass touches."""
+    layers = []
+    for node in graph.nodes:
+        for body in node.attrs.values():
+            if isinstance(body, gs.Graph):
+                reason = f"it is in the body of {node.op} {node.name!r}"
+                layers += [Layer(layer.node, reason) for layer in find_layers(body)] + nested_layers(body)
     return layers
 
 

@@ -42,8 +42,8 @@ def symbolic_sizes(graph: gs.Graph) -> dict[int, Sizes]:
                 found[id(tensor)] = tuple(tensor.shape)
         for slot, tensor in enumerate(node.outputs):
             if tensor.shape is not None:
-                made = _made_by(node, found) if slot == 0 else None
                 known = _own(tensor)
+                made = _made_by(node, found, known) if slot == 0 or node.op == "Split" else None
                 if made is None or len(made) != len(known):
                     made = known
                 # A number that shape inference found is as good as a proof: it is the same for every size.
@@ -58,8 +58,11 @@ def _own(tensor: gs.Tensor) -> Sizes:
     )
 
 
-def _made_by(node: gs.Node, found: dict[int, Sizes]) -> Sizes | None:
-    """The sizes of the first result of ``node``; None where this cannot tell."""
+def _made_by(node: gs.Node, found: dict[int, Sizes], own: Sizes) -> Sizes | None:
+    """The sizes of the first result of ``node`` (of each one of a Split); None where this cannot tell.
+
+    ``own``: what is known of them without the node.
+    """
     data = found.get(id(node.inputs[0])) if node.inputs else None
     ours = node.domain == DOMAIN and node.op in OUR_OPS
     if data is None or not (ours or node.domain in (None, "", "ai.onnx")):
@@ -68,6 +71,11 @@ def _made_by(node: gs.Node, found: dict[int, Sizes]) -> Sizes | None:
         return data
     if node.op in BROADCAST:
         return _broadcast([found.get(id(t)) for t in node.inputs])
+    if node.op in ("GlobalAveragePool", "GlobalMaxPool"):
+        return (*data[:2], *[1] * (len(data) - 2))
+    if node.op in ("Concat", "Split"):
+        axis = node.attrs.get("axis", 0) % len(own)
+        return (*data[:axis], own[axis], *data[axis + 1 :])
     if node.op in ("Conv", "MaxPool", "AveragePool") or (ours and len(node.attrs["weight_shape"]) > 2):
         sizes = _windows(node, data)
         if node.op == CONV_MAX_POOL and sizes is not None:

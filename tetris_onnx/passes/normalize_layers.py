@@ -3,7 +3,7 @@
 Weights that the graph computes from constants (Constant nodes, Transpose, ConstantOfShape, ...) become constants, as
 do the vectors of a BatchNormalization and the constant operands of elementwise operators. A Gemm's ``transA`` becomes
 a Transpose, ``alpha`` and ``beta`` go into weight and bias, and a ``C`` that is no vector of output channels becomes
-an Add of its own. Exact but for the rounding of ``alpha * W``.
+an Add of its own. A Sum of two becomes an Add, which later passes know. Exact but for the rounding of ``alpha * W``.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ def normalize_layers(graph: gs.Graph) -> None:
                 node.inputs[slot] = folded[id(tensor)]
         if node.op == "Gemm" and len(node.inputs) > 1:
             _normalize_gemm(graph, node)
+        if node.op == "Sum" and len(node.inputs) == 2:
+            node.op = "Add"
 
 
 def _normalize_gemm(graph: gs.Graph, gemm: gs.Node) -> None:

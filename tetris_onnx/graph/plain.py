@@ -1,0 +1,91 @@
+"""A model with what our graphs cannot hold or look into written out: sparse weights, functions with layers in them.
+
+onnx-graphsurgeon knows neither sparse initializers nor overloads of functions, and layers inside a function are
+computed with each caller's weights: only inlined can they be pruned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import onnx
+from onnx import inliner, numpy_helper
+from numpy.typing import NDArray
+
+from tetris_onnx.graph.layers import DOMAIN
+
+_LAYERS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
+
+
+def plain_form(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model (itself, where there is nothing to do) with sparse initializers dense and such functions inlined.
+
+    Functions without a layer, and those that define our own operators, stay functions.
+    """
+    inlined = _functions_to_inline(model)
+    if inlined:
+        model = inliner.inline_selected_functions(model, sorted(inlined))
+    if any(graph.sparse_initializer for graph in _graphs(model.graph)):
+        dense = onnx.ModelProto()
+        dense.CopyFrom(model)
+        for graph in _graphs(dense.graph):
+            graph.initializer.extend(
+                numpy_helper.from_array(_dense(t), t.values.name) for t in graph.sparse_initializer
+            )
+            del graph.sparse_initializer[:]
+        model = dense
+    return model
+
+
+def _functions_to_inline(model: onnx.ModelProto) -> set[tuple[str, str]]:
+    """(domain, name) of the functions that have a layer, call such a function, or have overloads."""
+    bodies = {(f.domain, f.name): f for f in model.functions if f.domain != DOMAIN}
+    found = {key for key, function in bodies.items() if getattr(function, "overload", "")}
+    while True:
+        more = {
+            key
+            for key, function in bodies.items()
+            if any(_is_layer(n) or (n.domain, n.op_type) in found for n in _nodes(function.node))
+        }
+        if more <= found:
+            return found
+        found |= more
+
+
+def _is_layer(node: onnx.NodeProto) -> bool:
+    return node.op_type in _LAYERS and node.domain in ("", "ai.onnx")
+
+
+def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """The nodes and those of their subgraphs."""
+    for node in nodes:
+        yield node
+        for graph in _bodies(node):
+            yield from _nodes(graph.node)
+
+
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph and all subgraphs."""
+    yield graph
+    for node in graph.node:
+        for body in _bodies(node):
+            yield from _graphs(body)
+
+
+def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def _dense(tensor: onnx.SparseTensorProto) -> NDArray:
+    """The values of a sparse tensor; its indices are flat or one row per value."""
+    values, indices = numpy_helper.to_array(tensor.values), numpy_helper.to_array(tensor.indices)
+    dense = np.zeros(tuple(tensor.dims), values.dtype)
+    if indices.ndim == 2:
+        dense[tuple(indices.T)] = values
+    else:
+        dense.reshape(-1)[indices] = values
+    return dense
