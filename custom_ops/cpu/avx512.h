@@ -22,6 +22,7 @@ struct Avx512 {
   using Sum = Vec;
   static constexpr Precision kPrecision = Precision::kFloat32;
   static constexpr int kLanes = 16, kConvRows = 8, kConvVectors = 3, kTailPixels = 4, kGemmSamples = 12, kGemmVectors = 2;
+  static constexpr bool kExtraPixel = true;
   static constexpr bool kMasksMultiplication = true;
   static Vec zero() { return _mm512_setzero_ps(); }
   static Vec set1(float a) { return _mm512_set1_ps(a); }

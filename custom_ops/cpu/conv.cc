@@ -175,6 +175,7 @@ struct ConvKernel::Plan {
     int vectors, last_lanes;
     TapMode mode;
     size_t masks;
+    bool extra;  // see ConvTile
   };
   struct Strip {
     int64_t first_row, rows;  // of the output, along the outer dimension (panels only)
@@ -404,19 +405,25 @@ void ConvKernel::add_tiles(Plan& plan, int64_t source, int64_t pixel, int64_t pi
   // taps of one tail.
   int64_t tail = (plan.direct && !plan.pointwise) || !last_of_strip ? 0 : pixels % lanes;
   if (tail > kernels_.tail_pixels) tail = 0;
+  // Of a pointwise kernel, the last tiles take a pixel of the tail each, if they are enough.
+  const int64_t full = kernels_.conv_vectors * lanes;
+  int64_t extras = kernels_.extra_pixel && taps_ == 1 && (pixels - tail) % full == 0 && (pixels - tail) / full >= tail ? tail : 0;
+  tail -= extras;
   for (int64_t done = 0; done < pixels - tail;) {
     // Three vectors at a time; four are two and two, as one vector alone keeps the multipliers waiting for loads.
-    const int64_t left = ceil_div(pixels - tail - done, lanes);
+    const int64_t left = ceil_div(pixels - tail - extras - done, lanes);
     const int64_t most = kernels_.conv_vectors;
     const int64_t vectors = left == most + 1 ? ceil_div(left, 2) : std::min(left, most);
+    const bool extra = extras > 0 && left <= extras * most;
     const int64_t last = std::min(lanes, pixels - tail - done - (vectors - 1) * lanes);
     plan.tiles.push_back({source + done, pixel + done, target + done, static_cast<int>(vectors),
-                          static_cast<int>(last), TapMode::kPlain, 0});
-    done += vectors * lanes;
+                          static_cast<int>(last), TapMode::kPlain, 0, extra});
+    done += vectors * lanes + extra;
+    extras -= extra;
   }
   if (tail > 0) {
     const int64_t done = pixels - tail;
-    plan.tiles.push_back({source + done, pixel + done, target + done, 0, static_cast<int>(tail), TapMode::kTail, 0});
+    plan.tiles.push_back({source + done, pixel + done, target + done, 0, static_cast<int>(tail), TapMode::kTail, 0, false});
   }
 }
 
@@ -588,8 +595,10 @@ struct ConvKernel::Work {
       call.mode = tile.mode;
       call.masks = plan.masks.data() + tile.masks;
       call.distant_taps = static_cast<int>(kernel.attributes_.strides[2]);
+      call.extra = tile.extra;
       for (size_t g = group_begin; g < group_end; ++g) {
         const RowGroup& group = kernel.groups_[g];
+        call.next_x = g == group_begin && i + 1 < end ? plan.tiles[i + 1].source - tile.source : 0;
         call.weight = kernel.weight_.data() + group.weight;
         call.bias = kernel.terms_.bias.data() + group.bias;
         if (quantized != nullptr) {
@@ -597,6 +606,14 @@ struct ConvKernel::Work {
           call.row_sum = kernel.terms_.sum.data() + group.bias;
         }
         call.row_offset = row_offset + group.row;
+        if (i + 1 < end) {
+          call.next_y = to + plan.tiles[i + 1].target;
+          call.next_row_offset = call.row_offset;
+        } else {
+          const bool another = g + 1 < group_end && kernel.groups_[g + 1].valid_rows >= group.valid_rows;
+          call.next_y = another ? call.y : nullptr;
+          call.next_row_offset = call.row_offset + group.rows;
+        }
         call.rows = group.rows;
         call.valid_rows = group.valid_rows;
         kernel.kernels_.conv_tile(call);

@@ -10,7 +10,7 @@
 //   expand(bits) -> Mask, load_masked(p, mask) (touches no masked-out float, gives 0 there),
 //   mask_input(x, mask) and fma_masked(w, x, acc, mask): together acc + w * x in the lanes of the mask, acc elsewhere
 //   (an instruction set masks either the input, once per load, or, with kMasksMultiplication, the multiplication),
-//   copy_rows(to, from, copy): see RowCopy; kTailPixels and, if it is not 0, RowVec, a vector of kConvRows lanes, with
+//   copy_rows(to, from, copy): see RowCopy; kExtraPixel, kTailPixels and, if it is not 0, RowVec, a vector of kConvRows lanes, with
 //   row_load, row_store, row_add, row_fma(a, b, c) = a * b + c for a number a; RowSum like Sum.
 // With kBFloat16 and kInt8 the "numbers" that are multiplied are elements of several channels (Precision), and
 // pack_rows stands for copy_rows; mask_input gets the element that stands for zeros, as `outside`.
@@ -25,6 +25,7 @@
 
 #if defined(__GNUC__)
 #define TETRIS_UNROLL _Pragma("GCC unroll 16")
+#define TETRIS_UNROLL_TWICE _Pragma("GCC unroll 2")
 #define TETRIS_NO_UNROLL _Pragma("GCC unroll 1")
 #define TETRIS_INLINE inline __attribute__((always_inline))
 #define TETRIS_PREFETCH_L2(p) __builtin_prefetch((p), 0, 2)
@@ -32,6 +33,7 @@
 #define TETRIS_PREFETCH_STORE(p) __builtin_prefetch((p), 1, 3)
 #else
 #define TETRIS_UNROLL
+#define TETRIS_UNROLL_TWICE
 #define TETRIS_NO_UNROLL
 #define TETRIS_INLINE inline
 #define TETRIS_PREFETCH_L2(p) ((void)0)
@@ -100,7 +102,113 @@ TETRIS_INLINE void add_tap(typename V::Sum (&acc)[Rows][Vectors], const float* r
   }
 }
 
-template <int Rows, int Vectors, TapMode Mode>
+// The same for the rows of one pixel in one vector.
+template <class Traits>
+TETRIS_INLINE typename Traits::RowSum row_start(const ConvTile& tile) {
+  if constexpr (Traits::kPrecision == Precision::kInt8) {
+    return Traits::row_sum_start(tile.row_sum, tile.zero_point);
+  } else {
+    return Traits::row_load(tile.bias);
+  }
+}
+
+// Stores pixel p: the rows' sums.
+template <class Traits>
+TETRIS_INLINE void store_pixel(const ConvTile& tile, int64_t p, typename Traits::RowSum sum) {
+  float out[Traits::kConvRows];
+  if constexpr (Traits::kPrecision == Precision::kInt8) {
+    const auto scale = Traits::row_times(tile.x_scale, Traits::row_load(tile.row_scale));
+    Traits::row_store(out, Traits::row_to_float(sum, scale, Traits::row_load(tile.bias)));
+  } else {
+    Traits::row_store(out, sum);
+  }
+  TETRIS_NO_UNROLL
+  for (int r = 0; r < tile.valid_rows; ++r) {
+    if (tile.addend != nullptr) out[r] += tile.addend[tile.row_offset[r] + p];
+    // In this order a NaN stays.
+    const float raised = out[r] < tile.low ? tile.low : out[r];
+    tile.y[tile.row_offset[r] + p] = raised > tile.high ? tile.high : raised;
+  }
+}
+
+// The pixel after the vectors (ConvTile::extra): its sums of all rows in one vector; nothing where there is none.
+template <class Traits, bool Extra>
+struct ExtraPixel {
+  typename Traits::RowSum sum;
+  TETRIS_INLINE explicit ExtraPixel(const ConvTile& tile) : sum(row_start<Traits>(tile)) {}
+  TETRIS_INLINE void add(float x, const float* w) { sum = Traits::row_fma(x, Traits::row_load(w), sum); }
+  TETRIS_INLINE void store(ConvTile tile, int64_t pixels) const {
+    tile.y += pixels;
+    if (tile.addend != nullptr) tile.addend += pixels;
+    store_pixel<Traits>(tile, 0, sum);
+  }
+};
+template <class Traits>
+struct ExtraPixel<Traits, false> {
+  TETRIS_INLINE explicit ExtraPixel(const ConvTile&) {}
+  TETRIS_INLINE void add(float, const float*) {}
+  TETRIS_INLINE void store(const ConvTile&, int64_t) const {}
+};
+
+// A pointwise kernel's channels: one loop instead of one in another is shorter and better predicted. Fetch: the input of
+// the next tile is brought near, whose rows are too far from each other for the processor to guess.
+template <bool Fetch, bool Extra, int Rows, int Vectors>
+TETRIS_INLINE void add_channels(const ConvTile& tile, typename V::Sum (&acc)[Rows][Vectors], ExtraPixel<V, Extra>& extra) {
+  const typename V::Mask all[Vectors] = {};
+  const float* first = tile.x + tile.tap_offset[0];
+  const float* w = tile.weight;
+  const int64_t* offset = tile.channel_offset;
+  const int64_t* end = offset + tile.channels;
+  TETRIS_UNROLL_TWICE
+  for (; offset != end; ++offset, w += Rows) {
+    const float* row = first + *offset;
+    TETRIS_PREFETCH_L2(w + kConvPrefetch);
+    if constexpr (Fetch) {
+      TETRIS_UNROLL
+      for (int v = 1; v <= Vectors; ++v) TETRIS_PREFETCH_L1(row + tile.next_x + v * V::kLanes - 1);
+    }
+    add_tap<false>(acc, row, w, all, V::Vec{});
+    extra.add(row[Vectors * V::kLanes], w);
+  }
+}
+
+// Stores a tile's rows. Whole: all of them, and all lanes; Add: there may be an addend (if Whole, there is).
+template <bool Whole, bool Add, int Rows, int Vectors>
+TETRIS_INLINE void store_rows(const ConvTile& tile, const typename V::Sum (&acc)[Rows][Vectors]) {
+  using Vec = typename V::Vec;
+  const Vec low = V::set1(tile.low), high = V::set1(tile.high);
+  TETRIS_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    if (!Whole && r >= tile.valid_rows) continue;
+    float* y = tile.y + tile.row_offset[r];
+    const float* addend = tile.addend + (Add ? tile.row_offset[r] : 0);
+    TETRIS_UNROLL
+    for (int v = 0; v < Vectors; ++v, y += V::kLanes, addend += V::kLanes) {
+      Vec out = conv_finish<V>(tile, r, acc[r][v]);
+      if (Whole || v + 1 < Vectors || tile.last_lanes == V::kLanes) {
+        if (Add && (Whole || tile.addend != nullptr)) out = V::add(out, V::load(addend));
+        V::store(y, clip(out, low, high));
+      } else {
+        float lanes[V::kLanes] = {};
+        if (tile.addend != nullptr) {
+          TETRIS_NO_UNROLL
+          for (int lane = 0; lane < tile.last_lanes; ++lane) lanes[lane] = addend[lane];
+          out = V::add(out, V::load(lanes));
+        }
+        V::store(lanes, clip(out, low, high));
+        TETRIS_NO_UNROLL
+        for (int lane = 0; lane < tile.last_lanes; ++lane) y[lane] = lanes[lane];
+      }
+    }
+    if (tile.next_y != nullptr) {
+      const float* next = tile.next_y + tile.next_row_offset[r];
+      TETRIS_UNROLL
+      for (int v = 1; v <= Vectors; ++v) TETRIS_PREFETCH_STORE(next + v * V::kLanes - 1);
+    }
+  }
+}
+
+template <int Rows, int Vectors, TapMode Mode, bool Extra = false>
 void conv_tile_impl(const ConvTile& tile) {
   using Vec = typename V::Vec;
   constexpr int kRowBytes = Vectors * V::kLanes * 4 + 64;  // of input in a tile, not aligned
@@ -110,6 +218,7 @@ void conv_tile_impl(const ConvTile& tile) {
     TETRIS_UNROLL
     for (int v = 0; v < Vectors; ++v) acc[r][v] = conv_start<V>(tile, r);
   }
+  ExtraPixel<V, Extra> extra(tile);
   const Vec outside = outside_of<V>(tile);
   // Of the taps left of, on and right of the pixel.
   typename V::Mask side[3][Vectors];
@@ -130,8 +239,19 @@ void conv_tile_impl(const ConvTile& tile) {
   const float* w = tile.weight;
   const int64_t* tap_offset = tile.tap_offset;
   const int64_t taps = tile.taps;
+  int64_t i = 0;
+  if constexpr (Mode == TapMode::kPlain) {
+    if (taps == 1) {
+      if (tile.next_x == 0) {
+        add_channels<false, Extra>(tile, acc, extra);
+      } else {
+        add_channels<true, Extra>(tile, acc, extra);
+      }
+      i = tile.channels;
+    }
+  }
   TETRIS_NO_UNROLL
-  for (int64_t i = 0; i < tile.channels; ++i) {
+  for (; i < tile.channels; ++i) {
     const float* x = tile.x + tile.channel_offset[i];
     if constexpr (Mode == TapMode::kSideMasked) {
       // The rows of the next channel are too far away for the processor to guess.
@@ -179,42 +299,16 @@ void conv_tile_impl(const ConvTile& tile) {
       }
     }
   }
-  const Vec low = V::set1(tile.low), high = V::set1(tile.high);
-  TETRIS_UNROLL
-  for (int r = 0; r < Rows; ++r) {
-    if (r < tile.valid_rows) {
-      float* y = tile.y + tile.row_offset[r];
-      Vec out[Vectors];
-      TETRIS_UNROLL
-      for (int v = 0; v < Vectors; ++v) out[v] = conv_finish<V>(tile, r, acc[r][v]);
-      if (tile.addend != nullptr) {
-        const float* addend = tile.addend + tile.row_offset[r];
-        TETRIS_UNROLL
-        for (int v = 0; v + 1 < Vectors; ++v) out[v] = V::add(out[v], V::load(addend + v * V::kLanes));
-        addend += (Vectors - 1) * V::kLanes;
-        if (tile.last_lanes == V::kLanes) {
-          out[Vectors - 1] = V::add(out[Vectors - 1], V::load(addend));
-        } else {
-          float lanes[V::kLanes] = {};
-          TETRIS_NO_UNROLL
-          for (int lane = 0; lane < tile.last_lanes; ++lane) lanes[lane] = addend[lane];
-          out[Vectors - 1] = V::add(out[Vectors - 1], V::load(lanes));
-        }
-      }
-      TETRIS_UNROLL
-      for (int v = 0; v + 1 < Vectors; ++v) V::store(y + v * V::kLanes, clip(out[v], low, high));
-      y += (Vectors - 1) * V::kLanes;
-      const Vec last = clip(out[Vectors - 1], low, high);
-      if (tile.last_lanes == V::kLanes) {
-        V::store(y, last);
-      } else {
-        float lanes[V::kLanes];
-        V::store(lanes, last);
-        TETRIS_NO_UNROLL
-        for (int lane = 0; lane < tile.last_lanes; ++lane) y[lane] = lanes[lane];
-      }
+  if (tile.valid_rows == Rows && tile.last_lanes == V::kLanes) {
+    if (tile.addend == nullptr) {
+      store_rows<true, false>(tile, acc);
+    } else {
+      store_rows<true, true>(tile, acc);
     }
+  } else {
+    store_rows<false, true>(tile, acc);
   }
+  extra.store(tile, Vectors * V::kLanes);
 }
 
 // The last few pixels, where a vector of pixels would be mostly empty: vectors of output channels, a broadcast input.
@@ -225,11 +319,7 @@ void conv_tail_impl(const ConvTile& tile) {
   typename Traits::RowSum acc[kUnroll][Pixels];
   TETRIS_UNROLL
   for (int p = 0; p < Pixels; ++p) {
-    if constexpr (Traits::kPrecision == Precision::kInt8) {
-      acc[0][p] = Traits::row_sum_start(tile.row_sum, tile.zero_point);
-    } else {
-      acc[0][p] = Traits::row_load(tile.bias);
-    }
+    acc[0][p] = row_start<Traits>(tile);
     TETRIS_UNROLL
     for (int u = 1; u < kUnroll; ++u) acc[u][p] = typename Traits::RowSum{};
   }
@@ -273,21 +363,8 @@ void conv_tail_impl(const ConvTile& tile) {
   }
   TETRIS_UNROLL
   for (int p = 0; p < Pixels; ++p) {
-    float out[Traits::kConvRows];
-    const auto sum = Traits::row_add(Traits::row_add(acc[0][p], acc[1][p]), Traits::row_add(acc[2][p], acc[3][p]));
-    if constexpr (Traits::kPrecision == Precision::kInt8) {
-      const RowVec scale = Traits::row_times(tile.x_scale, Traits::row_load(tile.row_scale));
-      Traits::row_store(out, Traits::row_to_float(sum, scale, Traits::row_load(tile.bias)));
-    } else {
-      Traits::row_store(out, sum);
-    }
-    TETRIS_NO_UNROLL
-    for (int r = 0; r < tile.valid_rows; ++r) {
-      if (tile.addend != nullptr) out[r] += tile.addend[tile.row_offset[r] + p];
-      // In this order a NaN stays.
-      const float raised = out[r] < tile.low ? tile.low : out[r];
-      tile.y[tile.row_offset[r] + p] = raised > tile.high ? tile.high : raised;
-    }
+    store_pixel<Traits>(
+        tile, p, Traits::row_add(Traits::row_add(acc[0][p], acc[1][p]), Traits::row_add(acc[2][p], acc[3][p])));
   }
 }
 
@@ -327,6 +404,23 @@ void conv_tile_vectors(const ConvTile& tile) {
 // A template only so that what an instruction set does not have is not compiled.
 template <class Traits>
 void conv_tile(const ConvTile& tile) {
+  if constexpr (Traits::kExtraPixel) {
+    if (tile.extra) {
+      if (tile.rows == Traits::kConvRows) {
+        return conv_tile_impl<Traits::kConvRows, Traits::kConvVectors, TapMode::kPlain, true>(tile);
+      }
+      // Fewer rows: the pixel by itself.
+      ConvTile part = tile;
+      part.extra = false;
+      conv_tile<Traits>(part);
+      constexpr int kPixels = Traits::kConvVectors * Traits::kLanes;
+      part.x += kPixels;
+      part.y += kPixels;
+      if (part.addend != nullptr) part.addend += kPixels;
+      part.last_lanes = 1;
+      return conv_tail_impl<Traits, 1>(part);
+    }
+  }
   if constexpr (Traits::kTailPixels > 0) {
     if (tile.mode == TapMode::kTail) return conv_tail<Traits, Traits::kTailPixels>(tile);
   }
@@ -496,6 +590,7 @@ constexpr KernelSet make_kernel_set(const char* name) {
   set.conv_rows = Traits::kConvRows;
   set.conv_vectors = Traits::kConvVectors;
   set.tail_pixels = Traits::kTailPixels;
+  set.extra_pixel = Traits::kExtraPixel;
   set.gemm_samples = Traits::kGemmSamples;
   set.gemm_vectors = Traits::kGemmVectors;
   set.conv_tile = conv_tile<Traits>;

@@ -55,6 +55,12 @@ struct ConvTile {
   int vectors;                // 1 to KernelSet::conv_vectors
   TapMode mode;
   int distant_taps;  // kSideMasked: how many of the three lie in cache lines of their own
+  // kPlain: what is fetched ahead for later tiles. Where the next one begins, from x (of one tap only; 0: nothing); and as
+  // many rows of y (or null), which are where the addend is.
+  int64_t next_x;
+  const float* next_y;
+  const int64_t* next_row_offset;
+  bool extra;  // kPlain, one tap, KernelSet::conv_vectors vectors, no lanes cut off: one more pixel after the vectors
   float low, high;
   const float* row_scale;  // kInt8 only, as the next three; [rows]
   const int32_t* row_sum;  // [rows], of the weight's bytes
@@ -156,7 +162,8 @@ struct KernelSet {
   int packed;  // input channels in a 32-bit element: 1, 2 (kBFloat16) or 4 (kInt8)
   int lanes;
   int conv_rows, conv_vectors;
-  int tail_pixels;  // 0: no kTail; at most kMostTailPixels
+  int tail_pixels;   // 0: no kTail; at most kMostTailPixels
+  bool extra_pixel;  // whether there is ConvTile::extra
   int gemm_samples, gemm_vectors;
   void (*conv_tile)(const ConvTile& tile);
   void (*gemm_tile)(const GemmTile& tile);

@@ -14,6 +14,7 @@ struct V {
   using Sum = Vec;
   static constexpr Precision kPrecision = Precision::kFloat32;
   static constexpr int kLanes = 8, kConvRows = 4, kConvVectors = 3, kTailPixels = 2, kGemmSamples = 6, kGemmVectors = 2;
+  static constexpr bool kExtraPixel = false;
   static constexpr bool kMasksMultiplication = false;
   static Vec zero() { return _mm256_setzero_ps(); }
   static Vec set1(float a) { return _mm256_set1_ps(a); }

@@ -14,6 +14,7 @@ struct V {
   using Sum = Vec;
   static constexpr Precision kPrecision = Precision::kFloat32;
   static constexpr int kLanes = 4, kConvRows = 8, kConvVectors = 3, kTailPixels = 0, kGemmSamples = 6, kGemmVectors = 4;
+  static constexpr bool kExtraPixel = false;
   static constexpr bool kMasksMultiplication = false;
   static Vec zero() { return vdupq_n_f32(0.0F); }
   static Vec set1(float a) { return vdupq_n_f32(a); }

@@ -12,6 +12,7 @@ struct V {
   using Sum = Vec;
   static constexpr Precision kPrecision = Precision::kFloat32;
   static constexpr int kLanes = 1, kConvRows = 4, kConvVectors = 3, kTailPixels = 0, kGemmSamples = 3, kGemmVectors = 4;
+  static constexpr bool kExtraPixel = false;
   static constexpr bool kMasksMultiplication = false;
   static Vec zero() { return 0.0F; }
   static Vec set1(float a) { return a; }

@@ -172,6 +172,7 @@ double check_conv(Random& random, const tetris::KernelSet& kernels) {
   tetris::ConvAttributes a{};
   Spatial size{};
   const bool same = random.to(0, 1) == 0;  // 3x3, stride 1, size kept: the kernels made for it
+  const bool point = !same && random.to(0, 1) == 0;  // pointwise, on maps that are a few pixels more than whole vectors
   for (size_t d = 0; d < 3; ++d) {
     const bool unused = d == 1 && random.to(0, 3) > 0;
     a.kernel[d] = unused ? 1 : same && d != 1 ? 3 : random.to(1, 4);
@@ -180,6 +181,11 @@ double check_conv(Random& random, const tetris::KernelSet& kernels) {
     a.pads_begin[d] = unused ? 0 : same ? a.kernel[d] / 2 : random.to(0, 3);
     a.pads_end[d] = unused ? 0 : same ? a.kernel[d] / 2 : random.to(0, 3);
     size[d] = unused ? 1 : (a.kernel[d] - 1) * a.dilations[d] + random.to(1, d == 1 ? 4 : 40);
+    if (point) {
+      a.kernel[d] = a.strides[d] = 1;
+      a.pads_begin[d] = a.pads_end[d] = 0;
+      size[d] = d == 1 ? 1 : 7 * random.to(1, 3);
+    }
   }
   const int64_t batch = random.to(1, 2), inputs = random.to(1, 30), outputs = random.to(1, 30);
   const int64_t taps = a.kernel[0] * a.kernel[1] * a.kernel[2];
