@@ -1,14 +1,7 @@
 // The vector traits of AVX-512 (see kernel_template.h), for the files that are compiled for it.
 #pragma once
 
-#if defined(__GNUC__) && !defined(__clang__)
-// The intrinsics' own "undefined" values look uninitialized to GCC 12 (GCC bug 105593).
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
-#include <immintrin.h>
-
+#include "avx512_intrinsics.h"
 #include "kernels.h"
 
 namespace tetris {

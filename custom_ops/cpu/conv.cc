@@ -26,8 +26,7 @@ constexpr size_t kMaxPlans = 8;
 constexpr double kBFloat16Speed = 1.5;
 // Floats after the packed weights that prefetches may name.
 constexpr size_t kPrefetchPadding = 8192;
-// A pooled convolution keeps a band, an even number of rows, of this many channels' maps in the cache until it is pooled.
-constexpr size_t kBandGroups = 4;  // groups of channels computed together
+// A pooled convolution keeps a band, an even number of rows, of some channels' maps in the cache until it is pooled.
 constexpr int64_t kBandPixels = 2048;
 // Floats after the packed bias that a vector of rows may touch (and ignore).
 constexpr size_t kBiasPadding = 16;
@@ -65,13 +64,15 @@ ConvKernel::ConvKernel(const ConvAttributes& attributes, const BlockSparseWeight
       inputs_(weight.inputs),
       outputs_(weight.outputs),
       taps_(weight.taps),
+      shape_(tile_shape(weight, kernels)),
       output_perm_(weight.output_perm, weight.output_perm + weight.outputs),
       algorithm_(algorithm) {
   const std::vector<int64_t> begins = weight.row_begins();
   // Channels that share an element are neighbors in the reordered order and in the same block, so that all block rows can
   // read the same elements.
-  const int64_t packed = kernels.packed;
-  const int64_t per_block = elements_per_block(weight, kernels.packed);
+  // The elements of a packed column are neighbors everywhere; the last of a block are filled up with zeros.
+  const int64_t packed = kernels.packed, column_width = packed * shape_.elements;
+  const int64_t per_block = ceil_div(weight.block_inputs, column_width);
   std::vector<int64_t> slot(static_cast<size_t>(ceil_div(inputs_, weight.block_inputs) * per_block), -1);
   int64_t weight_size = 0, bias_size = 0;
   for (int64_t r = 0; r < weight.block_rows(); ++r) {
@@ -79,51 +80,52 @@ ConvKernel::ConvKernel(const ConvAttributes& attributes, const BlockSparseWeight
     block_row.channel_begin = static_cast<int64_t>(column_.size());
     for (int64_t b = begins[static_cast<size_t>(r)]; b < begins[static_cast<size_t>(r) + 1]; ++b) {
       const int64_t column = weight.block_index[2 * b + 1], width = weight.columns_of(column);
-      for (int64_t j = 0; j < width; j += packed) {
-        const int64_t element = column * per_block + j / packed;
-        slot[static_cast<size_t>(element)] = 0;
-        column_.push_back(element);
+      for (int64_t j = 0; j < width; j += column_width) {
+        const int64_t packed_column = column * per_block + j / column_width;
+        slot[static_cast<size_t>(packed_column)] = 0;
+        column_.push_back(packed_column);
       }
     }
     block_row.channel_count = static_cast<int64_t>(column_.size()) - block_row.channel_begin;
     block_row.group_begin = groups_.size();
     for (int64_t row = 0; row < weight.rows_of(r);) {
       const int64_t left = weight.rows_of(r) - row;
-      const int rows = rows_at_a_time(left, kernels.conv_rows);
+      const int rows = kernels.tiles == nullptr ? rows_at_a_time(left, kernels.conv_rows)
+                                                : shape_.rows * (left > shape_.rows ? 2 : 1);
       const int valid = static_cast<int>(std::min<int64_t>(left, rows));
       groups_.push_back({r * weight.block_outputs + row, rows, valid, weight_size, bias_size});
-      weight_size += checked_product(checked_product(block_row.channel_count, taps_), rows);
+      weight_size += checked_product(checked_product(block_row.channel_count, taps_), rows * shape_.elements);
       bias_size += rows;
       row += valid;
     }
     block_row.group_end = groups_.size();
     block_rows_.push_back(block_row);
   }
-  for (size_t element = 0; element < slot.size(); ++element) {
-    if (slot[element] < 0) continue;
-    const int64_t column = static_cast<int64_t>(element) / per_block;
-    const int64_t first = static_cast<int64_t>(element) % per_block * packed;
-    Source source{};
-    source.count = static_cast<int>(std::min(packed, weight.columns_of(column) - first));
-    for (int k = 0; k < source.count; ++k) {
-      source.channel[k] = weight.input_perm[column * weight.block_inputs + first + k];
-    }
-    slot[element] = static_cast<int64_t>(used_.size());
-    used_.push_back(source);
+  // The reordered channel that packed column `i` begins with.
+  auto first_channel = [&](size_t i) {
+    const int64_t column = static_cast<int64_t>(i) / per_block, within = static_cast<int64_t>(i) % per_block;
+    return column * weight.block_inputs + within * column_width;
+  };
+  std::vector<size_t> order;
+  for (size_t i = 0; i < slot.size(); ++i) {
+    if (slot[i] == 0) order.push_back(i);
   }
   // In the order of the input's channels, which is how memory is read fastest.
-  std::vector<int64_t> order(used_.size()), place(used_.size());
-  std::iota(order.begin(), order.end(), int64_t{0});
-  std::sort(order.begin(), order.end(), [this](int64_t i, int64_t j) {
-    return used_[static_cast<size_t>(i)].channel[0] < used_[static_cast<size_t>(j)].channel[0];
+  std::sort(order.begin(), order.end(), [&](size_t i, size_t j) {
+    return weight.input_perm[first_channel(i)] < weight.input_perm[first_channel(j)];
   });
-  std::vector<Source> sorted;
-  for (const int64_t i : order) {
-    place[static_cast<size_t>(i)] = static_cast<int64_t>(sorted.size());
-    sorted.push_back(used_[static_cast<size_t>(i)]);
+  for (const size_t i : order) {
+    slot[i] = static_cast<int64_t>(used_.size());
+    const int64_t first = first_channel(i), block = first / weight.block_inputs * weight.block_inputs;
+    const int64_t end = std::min(block + weight.block_inputs, inputs_);
+    for (int64_t j = first; j < first + column_width; j += packed) {
+      Source source{};
+      source.count = static_cast<int>(std::clamp<int64_t>(end - j, 0, packed));
+      for (int k = 0; k < source.count; ++k) source.channel[k] = weight.input_perm[j + k];
+      used_.push_back(source);
+    }
   }
-  used_ = std::move(sorted);
-  for (int64_t& column : column_) column = place[static_cast<size_t>(slot[static_cast<size_t>(column)])];
+  for (int64_t& column : column_) column = slot[static_cast<size_t>(column)];
 
   weight_ = Buffer(static_cast<size_t>(weight_size) + kPrefetchPadding);
   terms_ = RowTerms(static_cast<size_t>(bias_size) + kBiasPadding, kernels.precision);
@@ -137,7 +139,9 @@ ConvKernel::ConvKernel(const ConvAttributes& attributes, const BlockSparseWeight
       float* out = weight_.data() + group.weight;
       for (int64_t b = begins[static_cast<size_t>(r)]; b < begins[static_cast<size_t>(r) + 1]; ++b) {
         const int64_t width = weight.columns_of(weight.block_index[2 * b + 1]);
-        for (int64_t j = 0; j < width; j += packed, out += taps_ * group.rows) {
+        const int elements = shape_.elements;
+        for (int64_t j = 0; j < ceil_div(width, column_width) * column_width; j += packed) {
+          const int64_t element = j / packed % elements;
           for (int k = 0; k < group.rows; ++k) {
             const bool valid = k < group.valid_rows;
             for (int64_t t = 0; t < taps_; ++t) {
@@ -146,15 +150,16 @@ ConvKernel::ConvKernel(const ConvAttributes& attributes, const BlockSparseWeight
                 values[i] = weight.at(b, first + k, j + i)[t];
               }
               const float scale = valid ? scales.scale[static_cast<size_t>(group.row + k)] : 1.0F;
-              out[t * group.rows + k] = pack_weights(kernels.precision, values, scale);
+              out[(t * group.rows + k) * elements + element] = pack_weights(kernels.precision, values, scale);
             }
           }
+          if (element == elements - 1) out += taps_ * group.rows * elements;
         }
       }
     }
   }
-  // Of bytes, four at a time, Winograd's products would never be faster.
-  if (kernels.precision == Precision::kBFloat16 && algorithm == ConvAlgorithm::kAuto &&
+  // Of bytes, four at a time, and of tiles, Winograd's products would never be faster.
+  if (kernels.precision == Precision::kBFloat16 && kernels.tiles == nullptr && algorithm == ConvAlgorithm::kAuto &&
       WinogradConv::applies(attributes, {1, 1, 1})) {
     float32_ = std::make_unique<ConvKernel>(attributes, weight, activation, select_kernels(), fused, algorithm);
   }
@@ -202,6 +207,9 @@ struct ConvKernel::Plan {
   int64_t input_plane, output_plane;
   int64_t result_plane;  // of Y: smaller than output_plane where it is pooled
   bool pointwise, direct, side_masked;
+  // TileKernels have no masks for the sides: rows of the inner dimension have a zero before them in the panel (of which the
+  // row before ends with, too) and `pitch` positions in all; the tiles run over all of these. Otherwise 0, and its width.
+  int64_t margin, pitch;
   std::vector<Tile> tiles;
   std::vector<uint32_t> masks;
   std::vector<Strip> strips;
@@ -215,7 +223,7 @@ struct ConvKernel::Plan {
   // Panels only.
   std::vector<Phase> phases;
   std::vector<InnerTap> inner_taps;
-  int64_t channel_stride = 0, panel_size = 0;
+  int64_t channel_stride = 0, channel_end = 0, panel_size = 0;
   // The taps of the last pixels of a side-masked strip, sides applied: [channel][tap][tail_width], after the panel.
   std::vector<int64_t> tail_channel_offset, tail_tap_offset;
   int64_t tail_begin = 0, tail_width = 0;
@@ -258,7 +266,7 @@ std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& inp
     plan.band_offset.resize(output_perm_.size());
     for (const BlockRow& block_row : block_rows_) {
       for (size_t g = block_row.group_begin; g < block_row.group_end; ++g) {
-        const int64_t first = static_cast<int64_t>((g - block_row.group_begin) % kBandGroups) * kernels_.conv_rows;
+        const int64_t first = static_cast<int64_t>((g - block_row.group_begin) % band_groups()) * kernels_.conv_rows;
         for (int k = 0; k < groups_[g].valid_rows; ++k) {
           plan.band_offset[static_cast<size_t>(groups_[g].row + k)] = (first + k) * plan.band_stride;
         }
@@ -271,6 +279,8 @@ std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& inp
   plan.side_masked = a.kernel[1] == 1 && a.strides[1] == 1 && a.pads_begin[1] == 0 && a.pads_end[1] == 0 &&
                      input[1] == 1 && a.kernel[2] == 3 && a.dilations[2] == 1 && a.pads_begin[2] == 1 &&
                      ((a.strides[2] == 1 && a.pads_end[2] == 1) || a.strides[2] == 2);
+  plan.margin = kernels_.tiles != nullptr && plan.side_masked ? 1 : 0;
+  plan.pitch = plan.output[2] + plan.margin;
   plan.direct = kernels_.precision == Precision::kFloat32 && (plan.pointwise || (plan.side_masked && a.strides[0] == 1 && a.strides[2] == 1 &&
                                    plan.output_plane > kPanelPixels));
   if (plan.direct) {
@@ -278,7 +288,11 @@ std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& inp
   } else {
     read_from_panel(plan);
   }
-  if (plan.side_masked || plan.direct) add_masks(plan);
+  if (kernels_.tiles != nullptr) {
+    add_tile_masks(plan);
+  } else if (plan.side_masked || plan.direct) {
+    add_masks(plan);
+  }
   return owner;
 }
 
@@ -309,7 +323,7 @@ void ConvKernel::read_in_place(Plan& plan) const {
 void ConvKernel::read_from_panel(Plan& plan) const {
   const ConvAttributes& a = attributes_;
   const int64_t width = plan.output[2];
-  const int64_t inner = plan.output[1] * width;
+  const int64_t inner = plan.output[1] * plan.pitch;
   auto view = [](int64_t offset, int64_t stride, int64_t size, int64_t input_size) {
     const int64_t begin = offset < 0 ? std::min(size, ceil_div(-offset, stride)) : 0;
     const int64_t room = input_size - offset;  // positions from the first to the input's end
@@ -348,11 +362,13 @@ void ConvKernel::read_from_panel(Plan& plan) const {
     phase.rows = strip_rows + phase.extra_rows;
     offset += checked_product(checked_product(phase.rows, inner), inner_count);
   }
+  plan.channel_end = offset;
+  offset += plan.margin;
   // Whole cache lines, and not a multiple of 512 bytes: channels must not fight for the same lines of the cache.
   plan.channel_stride = ceil_div(offset, 16) * 16;
   if (plan.channel_stride % 128 == 0) plan.channel_stride += 16;
   plan.tail_begin = checked_product(plan.channel_stride, static_cast<int64_t>(used_.size())) + kPanelSlack;
-  if (plan.side_masked) {
+  if (plan.side_masked && kernels_.tail_pixels > 0) {
     plan.tail_width = kernels_.tail_pixels;
     for (int64_t t = 0; t < taps_; ++t) plan.tail_tap_offset.push_back(t * plan.tail_width);
     for (const int64_t c : column_) {
@@ -370,13 +386,14 @@ void ConvKernel::read_from_panel(Plan& plan) const {
       // Side-masked taps see columns -1, 0 and 1 of each pixel: with stride 2, planes 1 (of the pixel before), 0, 1.
       const int64_t plane = !plan.side_masked ? i : a.strides[2] == 1 ? 0 : i != 1;
       const int64_t shift = !plan.side_masked ? 0 : a.strides[2] == 1 ? i - 1 : i == 0 ? -1 : 0;
-      plan.tap_offset.push_back(phase->offset + (extra + plane * phase->rows) * inner + shift);
+      plan.tap_offset.push_back(phase->offset + (extra + plane * phase->rows) * inner + shift + plan.margin);
     }
   }
   for (const int64_t c : column_) plan.channel_offset.push_back(c * plan.channel_stride);
   for (int64_t row = 0; row < total_rows; row += strip_rows) {
     const int64_t rows = std::min(strip_rows, total_rows - row);
-    add_strip(plan, row, rows, row * inner, rows * inner);
+    const int64_t row_pixels = plan.output[1] * width;
+    add_strip(plan, row, rows, row * row_pixels, rows * row_pixels);
   }
 }
 
@@ -389,7 +406,7 @@ void ConvKernel::add_strip(Plan& plan, int64_t first_row, int64_t rows, int64_t 
   for (int64_t done = 0; done < pixels; done += most) {
     const int64_t count = std::min(most, pixels - done);
     const size_t first_tile = plan.tiles.size();
-    add_tiles(plan, source + done, pixel + done, count, done + count == pixels);
+    add_tiles(plan, source + done / width * plan.margin + done, pixel + done, count, done + count == pixels);
     if (plan.band_rows > 0) {
       plan.bands.push_back({(pixel + done) / width / 2, count / width / 2, first_tile, plan.tiles.size()});
     }
@@ -400,7 +417,12 @@ void ConvKernel::add_strip(Plan& plan, int64_t first_row, int64_t rows, int64_t 
 // Adds the tiles of `pixels` output pixels, the last of a strip or not.
 void ConvKernel::add_tiles(Plan& plan, int64_t source, int64_t pixel, int64_t pixels, bool last_of_strip) const {
   const int64_t lanes = kernels_.lanes;
-  const int64_t target = plan.band_rows > 0 ? 0 : pixel;
+  const int64_t target = plan.band_rows > 0 ? 0 : pixel, width = plan.output[2];
+  if (plan.margin > 0) pixels = pixels / width * plan.pitch - plan.margin;
+  // How many of the positions before this one are pixels.
+  auto pixels_before = [&](int64_t at) {
+    return plan.margin > 0 ? at / plan.pitch * width + std::min(at % plan.pitch, width) : at;
+  };
   // In place, only a pointwise kernel finds each tap of the last pixels inside the input; the panel has room for the
   // taps of one tail.
   int64_t tail = (plan.direct && !plan.pointwise) || !last_of_strip ? 0 : pixels % lanes;
@@ -416,7 +438,8 @@ void ConvKernel::add_tiles(Plan& plan, int64_t source, int64_t pixel, int64_t pi
     const int64_t vectors = left == most + 1 ? ceil_div(left, 2) : std::min(left, most);
     const bool extra = extras > 0 && left <= extras * most;
     const int64_t last = std::min(lanes, pixels - tail - done - (vectors - 1) * lanes);
-    plan.tiles.push_back({source + done, pixel + done, target + done, static_cast<int>(vectors),
+    const int64_t before = pixels_before(done);
+    plan.tiles.push_back({source + done, pixel + before, target + before, static_cast<int>(vectors),
                           static_cast<int>(last), TapMode::kPlain, 0, extra});
     done += vectors * lanes + extra;
     extras -= extra;
@@ -486,6 +509,22 @@ void ConvKernel::add_masks(Plan& plan) const {
   }
 }
 
+// The pixels that a tile's vectors hold: their lanes may also be beyond the last one, or between two rows.
+void ConvKernel::add_tile_masks(Plan& plan) const {
+  for (Plan::Tile& tile : plan.tiles) {
+    tile.masks = plan.masks.size();
+    for (int v = 0; v < tile.vectors; ++v) {
+      const int lanes = v + 1 < tile.vectors ? kernels_.lanes : tile.last_lanes;
+      uint32_t mask = 0;
+      for (int lane = 0; lane < lanes; ++lane) {
+        const int64_t at = tile.source + v * kernels_.lanes + lane;
+        if (plan.margin == 0 || at % plan.pitch < plan.output[2]) mask |= 1U << lane;
+      }
+      plan.masks.push_back(mask);
+    }
+  }
+}
+
 // One run, divided into work items. A stage is one strip of one image.
 //   panel, many stages: an item is a stage; the thread makes the panel in its own scratch memory;
 //   direct, or panel, few stages (all threads make the panels): an item is (stage, some of its tiles, block row).
@@ -527,6 +566,7 @@ struct ConvKernel::Work {
       }
       source = panel + kPanelSlack;
     }
+    const TilesInUse tiles_in_use(kernel.kernels_.tiles, kernel.shape_);
     const bool pooled = plan.band_rows > 0;
     const size_t first = pooled ? strip.band_begin : strip.tile_begin;
     const int64_t count = static_cast<int64_t>((pooled ? strip.band_end : strip.tile_end) - first);
@@ -550,12 +590,13 @@ struct ConvKernel::Work {
   void run_bands(const BlockRow& block_row, int64_t image, const float* source, float* to, size_t begin,
                  size_t end) const {
     const int64_t width = plan.output[2];
-    const int64_t channels = static_cast<int64_t>(kBandGroups) * kernel.kernels_.conv_rows;
+    const size_t groups = kernel.band_groups();
+    const int64_t channels = static_cast<int64_t>(groups) * kernel.kernels_.conv_rows;
     float* band_data = thread_scratch<Plan::Band>(static_cast<size_t>(checked_product(channels, plan.band_stride)));
     for (size_t b = begin; b < end; ++b) {
       const Plan::Band& band = plan.bands[b];
-      for (size_t g = block_row.group_begin; g < block_row.group_end; g += kBandGroups) {
-        const size_t last = std::min(g + kBandGroups, block_row.group_end);
+      for (size_t g = block_row.group_begin; g < block_row.group_end; g += groups) {
+        const size_t last = std::min(g + groups, block_row.group_end);
         run_tiles(block_row, g, last, image, source, band_data, nullptr, plan.band_offset.data(), band.tile_begin,
                   band.tile_end);
         const int64_t row_end = kernel.groups_[last - 1].row + kernel.groups_[last - 1].valid_rows;
@@ -616,7 +657,12 @@ struct ConvKernel::Work {
         }
         call.rows = group.rows;
         call.valid_rows = group.valid_rows;
-        kernel.kernels_.conv_tile(call);
+        if (kernel.kernels_.tiles != nullptr) {
+          call.element_stride = plan.channel_stride;
+          kernel.kernels_.tiles->conv_tile(call, kernel.shape_);
+        } else {
+          kernel.kernels_.conv_tile(call);
+        }
       }
     }
   }
@@ -626,11 +672,11 @@ struct ConvKernel::Work {
     const Plan::Strip& strip = plan.strips[static_cast<size_t>(stage) % plan.strips.size()];
     const int64_t image = stage / static_cast<int64_t>(plan.strips.size());
     const ConvAttributes& a = kernel.attributes_;
-    const int64_t width = plan.output[2], inner = plan.output[1] * width;
+    const int64_t width = plan.output[2], inner = plan.output[1] * plan.pitch;
     const int64_t inner_input = plan.input[1] * plan.input[2];
     const int64_t stride = a.strides[0];
     // Rows that are copied as they are need no loop over rows.
-    const bool as_is = (plan.side_masked && a.strides[2] == 1) || (inner == inner_input && a.kernel[1] == 1 && a.kernel[2] == 1 &&
+    const bool as_is = (plan.side_masked && a.strides[2] == 1 && plan.margin == 0) || (inner == inner_input && a.kernel[1] == 1 && a.kernel[2] == 1 &&
                                             a.strides[1] == 1 && a.strides[2] == 1 && a.pads_begin[1] == 0 &&
                                             a.pads_begin[2] == 0);
     const Plan::Tile& last = plan.tiles[strip.tile_end - 1];
@@ -677,6 +723,7 @@ struct ConvKernel::Work {
           }
         }
       }
+      zero(to + plan.channel_end, plan.margin, from.quantized);
       if (packed_tail) {
         float outside;
         zero(&outside, 1, from.quantized);
@@ -697,10 +744,10 @@ struct ConvKernel::Work {
   // Rows of the inner dimension as one tap sees them.
   void fill_rows(float* to, const PackedRows& from, int64_t start, int64_t rows, int64_t from_stride,
                  const Plan::View& view) const {
-    const int64_t width = plan.output[2], stride = kernel.attributes_.strides[2];
-    if (view.begin == view.end) return zero(to, rows * width, from.quantized);
+    const int64_t stride = kernel.attributes_.strides[2];
+    if (view.begin == view.end) return zero(to, rows * plan.pitch, from.quantized);
     copy_rows(to, from, start + view.begin * stride + view.offset,
-              {rows, width, view.begin, view.end - view.begin, from_stride, stride});
+              {rows, plan.pitch, view.begin + plan.margin, view.end - view.begin, from_stride, stride});
   }
 
   // The channels of an element in an image.

@@ -78,7 +78,7 @@ class ConvKernel {
     int64_t weight, bias;  // offsets into weight_, terms_
   };
   struct BlockRow {
-    int64_t channel_begin, channel_count;  // into column_
+    int64_t channel_begin, channel_count;  // into column_, of packed columns
     size_t group_begin, group_end;         // into groups_
   };
 
@@ -89,8 +89,11 @@ class ConvKernel {
   void read_from_panel(Plan& plan) const;
   void add_strip(Plan& plan, int64_t first_row, int64_t rows, int64_t pixel, int64_t pixels) const;
   void add_tiles(Plan& plan, int64_t source, int64_t pixel, int64_t pixels, bool last_of_strip) const;
+  // Row groups whose maps are in a band together.
+  size_t band_groups() const { return kernels_.tiles != nullptr ? 1 : 4; }
   int64_t choose_band_rows(int64_t rows, int64_t width) const;
   void add_masks(Plan& plan) const;
+  void add_tile_masks(Plan& plan) const;
   std::vector<Quantization> quantize_images(const float* x, int64_t batch, int64_t plane, const ThreadPool& pool) const;
 
   ConvAttributes attributes_;
@@ -100,10 +103,11 @@ class ConvKernel {
   int64_t inputs_, outputs_, taps_;
   std::vector<BlockRow> block_rows_;
   std::vector<RowGroup> groups_;
-  std::vector<int64_t> column_;       // position in used_ of each packed column
+  TileShape shape_;                   // a packed column is shape_.elements elements, one without TileKernels
+  std::vector<int64_t> column_;       // position in used_ of each packed column's first element
   std::vector<Source> used_;          // what any block row reads
   std::vector<int64_t> output_perm_;  // output channel of each reordered row
-  Buffer weight_;                     // [block row][row group][packed column][tap][row]
+  Buffer weight_;                     // [block row][row group][packed column][tap][row][element]
   RowTerms terms_;                    // [row group][row]
   std::optional<Quantization> input_quantization_;
   ConvAlgorithm algorithm_;

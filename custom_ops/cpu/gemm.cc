@@ -11,6 +11,8 @@ constexpr int64_t kRoundBytes = 8 << 20;
 // Sample tiles that a block row's weights are used for while they are in the cache.
 constexpr int64_t kTilesPerItem = 8;
 constexpr int64_t kItemsPerThread = 4;
+// Samples that TileKernels multiply together.
+constexpr int64_t kSamplesOfTiles = 2 * kTileSize;
 // Elements that one work item packs, and that are packed at a time.
 constexpr int64_t kPackElements = 4096;
 constexpr int64_t kPackPart = 256;
@@ -19,6 +21,11 @@ constexpr size_t kPrefetchPadding = 8192;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Elements of so many columns of the weight, in whole chunks.
+int64_t elements_of(int64_t columns, int packed, const TileShape& shape) {
+  return ceil_div(ceil_div(columns, packed), shape.elements) * shape.elements;
+}
+
 }  // namespace
 
 GemmKernel::GemmKernel(const BlockSparseWeight& weight, Activation activation, const KernelSet& kernels)
@@ -26,9 +33,10 @@ GemmKernel::GemmKernel(const BlockSparseWeight& weight, Activation activation, c
       kernels_(kernels),
       inputs_(weight.inputs),
       outputs_(weight.outputs),
+      shape_{kTileSize, tile_shape(weight, kernels).elements},
       block_inputs_(weight.block_inputs),
-      elements_per_block_(elements_per_block(weight, kernels.packed)),
-      elements_(inputs_ / block_inputs_ * elements_per_block_ + ceil_div(inputs_ % block_inputs_, kernels.packed)),
+      elements_per_block_(elements_of(block_inputs_, kernels.packed, shape_)),
+      elements_(inputs_ / block_inputs_ * elements_per_block_ + elements_of(inputs_ % block_inputs_, kernels.packed, shape_)),
       input_perm_(weight.input_perm, weight.input_perm + weight.inputs),
       output_perm_(weight.output_perm, weight.output_perm + weight.outputs) {
   bool identity = true;
@@ -43,7 +51,8 @@ GemmKernel::GemmKernel(const BlockSparseWeight& weight, Activation activation, c
     block_row.run_begin = runs_.size();
     for (int64_t b = begins[static_cast<size_t>(r)]; b < begins[static_cast<size_t>(r) + 1]; ++b) {
       const int64_t column = weight.block_index[2 * b + 1];
-      const int64_t first = column * elements_per_block_, count = ceil_div(weight.columns_of(column), kernels.packed);
+      const int64_t first = column * elements_per_block_;
+      const int64_t count = elements_of(weight.columns_of(column), kernels.packed, shape_);
       if (runs_.size() > block_row.run_begin && runs_.back().begin + runs_.back().count == first) {
         runs_.back().count += count;
       } else {
@@ -87,11 +96,11 @@ GemmKernel::GemmKernel(const BlockSparseWeight& weight, Activation activation, c
       float* out = weight_.data() + panel.weight;
       for (int64_t b = begins[static_cast<size_t>(r)]; b < begins[static_cast<size_t>(r) + 1]; ++b) {
         const int64_t columns = weight.columns_of(weight.block_index[2 * b + 1]);
-        const int64_t packed = kernels.packed;
+        const int64_t packed = kernels.packed, elements = elements_of(columns, kernels.packed, shape_);
         for (int64_t k = 0; k < width; ++k) {
           const bool valid = k < panel.valid_rows;
           const float scale = valid ? scales.scale[static_cast<size_t>(panel.row + k)] : 1.0F;
-          for (int64_t j = 0; j < columns; j += packed) {
+          for (int64_t j = 0; j < elements * packed; j += packed) {
             float values[kMostPacked] = {};
             for (int64_t i = 0; valid && i < std::min(packed, columns - j); ++i) {
               values[i] = *weight.at(b, first + k, j + i);
@@ -99,7 +108,7 @@ GemmKernel::GemmKernel(const BlockSparseWeight& weight, Activation activation, c
             out[j / packed * width + k] = pack_weights(kernels.precision, values, scale);
           }
         }
-        out += ceil_div(columns, packed) * width;
+        out += elements * width;
       }
     }
   }
@@ -138,23 +147,31 @@ void GemmKernel::pack(const float* x, const Quantization* quantized, int64_t beg
   }
 }
 
-// One round of sample tiles: pack them, [element][sample] each, then multiply.
+// One round of sample tiles: pack them, [element][sample] each ([sample][element] for TileKernels), then multiply.
 struct GemmKernel::Work {
   const GemmKernel& kernel;
   const float* x;
   float* y;
+  bool uses_tiles;
   int64_t samples, tiles, tiles_per_item;
   float* packed;  // or null: one sample, read in place
   const Quantization* quantized;  // of each sample (kInt8)
   int64_t groups = 1, prepare_items = 0, compute_items = 0;
 
-  int64_t first_sample(int64_t tile) const { return samples * tile / tiles; }
+  int64_t first_sample(int64_t tile) const {
+    return uses_tiles ? std::min(samples, tile * kSamplesOfTiles) : samples * tile / tiles;
+  }
   int64_t group_of(int64_t) const { return 0; }
 
   void prepare(int64_t, int64_t item) {
     const int64_t tile = item % tiles, first = first_sample(tile), count = first_sample(tile + 1) - first;
     const int64_t begin = item / tiles * kPackElements, end = std::min(begin + kPackElements, kernel.elements_);
     for (int64_t s = 0; s < count; ++s) {
+      if (uses_tiles) {
+        kernel.pack(x + (first + s) * kernel.inputs_, quantized == nullptr ? nullptr : quantized + first + s, begin, end, 1,
+                    packed + (first + s) * kernel.elements_ + begin);
+        continue;
+      }
       kernel.pack(x + (first + s) * kernel.inputs_, quantized == nullptr ? nullptr : quantized + first + s, begin, end,
                   count, packed + first * kernel.elements_ + begin * count + s);
     }
@@ -164,7 +181,9 @@ struct GemmKernel::Work {
     const int64_t rows = static_cast<int64_t>(kernel.block_rows_.size());
     const BlockRow& block_row = kernel.block_rows_[kernel.heaviest_first_[static_cast<size_t>(item % rows)]];
     const int64_t begin = item / rows * tiles_per_item, end = std::min(begin + tiles_per_item, tiles);
+    const TilesInUse tiles_in_use(uses_tiles ? kernel.kernels_.tiles : nullptr, kernel.shape_);
     GemmTile call{};
+    call.x_stride = kernel.elements_;
     call.runs = kernel.runs_.data() + block_row.run_begin;
     call.run_count = static_cast<int64_t>(block_row.run_end - block_row.run_begin);
     call.sample_stride = kernel.outputs_;
@@ -188,7 +207,11 @@ struct GemmKernel::Work {
           call.row_sum = kernel.terms_.sum.data() + panel.bias;
         }
         call.samples = static_cast<int>(first_sample(tile + 1) - first);
-        kernel.kernels_.gemm_tile(call);
+        if (uses_tiles) {
+          kernel.kernels_.tiles->gemm_tile(call, kernel.shape_);
+        } else {
+          kernel.kernels_.gemm_tile(call);
+        }
       }
     }
   }
@@ -213,10 +236,13 @@ void GemmKernel::run(const float* x, int64_t samples, float* y, const ThreadPool
   }
   for (int64_t done = 0; done < samples;) {
     const int64_t count = std::min(largest, samples - done);
-    Work work{*this, x + done * inputs_, y + done * outputs_, count, ceil_div(count, kernels_.gemm_samples), 1, nullptr,
-              quantized.empty() ? nullptr : quantized.data() + done};
+    const bool tiles = uses_tiles(count);
+    const int64_t at_a_time = tiles ? kSamplesOfTiles : kernels_.gemm_samples;
+    Work work{*this,   x + done * inputs_, y + done * outputs_, tiles, count, ceil_div(count, at_a_time), 1,
+              nullptr, quantized.empty() ? nullptr : quantized.data() + done};
     if (count > 1 || !input_perm_.empty() || kernels_.packed > 1) {
-      work.packed = thread_scratch<GemmKernel>(static_cast<size_t>(checked_product(count, elements_)));
+      const int64_t rows_read = tiles ? ceil_div(count, kTileSize) * kTileSize : count;
+      work.packed = thread_scratch<GemmKernel>(static_cast<size_t>(checked_product(rows_read, elements_)));
       work.prepare_items = work.tiles * ceil_div(elements_, kPackElements);
     }
     const int64_t items = threads_.count() * kItemsPerThread;

@@ -28,6 +28,7 @@ class GemmKernel {
 
  private:
   struct Work;
+  bool uses_tiles(int64_t samples) const { return kernels_.tiles != nullptr && samples >= kTileSize; }
   void pack(const float* x, const Quantization* quantized, int64_t begin, int64_t end, int64_t stride, float* to) const;
   // Output rows that one call of the kernel computes together: vectors * lanes of them, padded.
   struct Panel {
@@ -45,6 +46,7 @@ class GemmKernel {
   Activation activation_;
   const KernelSet& kernels_;
   int64_t inputs_, outputs_;
+  TileShape shape_;
   int64_t block_inputs_, elements_per_block_, elements_;  // elements_: of a packed sample
   std::vector<BlockRow> block_rows_;
   std::vector<size_t> heaviest_first_;  // block rows by decreasing work

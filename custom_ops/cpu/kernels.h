@@ -66,6 +66,7 @@ struct ConvTile {
   const int32_t* row_sum;  // [rows], of the weight's bytes
   float x_scale;
   int32_t zero_point;
+  int64_t element_stride;  // TileKernels only
 };
 
 constexpr int kMostTailPixels = 8;
@@ -95,6 +96,7 @@ struct GemmTile {
   const float* row_scale;         // kInt8 only, as the next two; [vectors * lanes]
   const int32_t* row_sum;         // [vectors * lanes]
   const Quantization* quantized;  // [samples]
+  int64_t x_stride;               // TileKernels only
 };
 
 // Copies rows: to[r * width + before + i] = from[r * from_stride + i * stride] for i < count, zeros elsewhere in the
@@ -156,6 +158,31 @@ struct WinogradOutput {
   float bias, low, high;
 };
 
+// Rows of a tile register, and 32-bit elements of one of its rows, at most.
+constexpr int kTileSize = 16;
+
+// Shape of the tiles that are multiplied: each product adds up `elements` elements for `rows` rows.
+struct TileShape {
+  int rows, elements;
+};
+
+struct KernelSet;
+
+// Kernels of an instruction set that multiplies whole tiles (AMX). A block's elements are taken `elements` at a time, a chunk.
+struct TileKernels {
+  const KernelSet* vectors;  // for products that are too small for tiles
+  // Gives the calling thread tile registers, until `end`. Nothing else may use them in between.
+  void (*begin)(const TileShape& shape);
+  void (*end)();
+  // As KernelSet::conv_tile, for up to 2 x 2 tiles: `vectors` of kTileSize pixels, `rows` a multiple of shape.rows.
+  // Element e of chunk i is at channel_offset[i] + e * element_stride; weight: [chunk][tap][rows][elements]. Stored are, one
+  // after the other, the pixels of which masks[vector] has a bit. Other fields that tell of masks and pixels are not used.
+  void (*conv_tile)(const ConvTile& tile, const TileShape& shape);
+  // As KernelSet::gemm_tile, for up to 2 kTileSize samples. x: [samples][x_stride], of which the rows of whole tiles are read.
+  // The weight, and what a run counts, are elements: whole chunks of them.
+  void (*gemm_tile)(const GemmTile& tile, const TileShape& shape);
+};
+
 struct KernelSet {
   const char* name;
   Precision precision;
@@ -176,6 +203,7 @@ struct KernelSet {
   // kFloat32 only.
   void (*winograd_input)(const WinogradInput& input);
   void (*winograd_output)(const WinogradOutput& output);
+  const TileKernels* tiles;  // or null. With them: lanes is kTileSize, conv_rows and conv_vectors tell of conv_tile's
 };
 
 // The kernels of each instruction set that this library was built with.
@@ -184,10 +212,12 @@ const KernelSet& avx2_kernels();
 const KernelSet& avx512_kernels();
 const KernelSet& avx512_bf16_kernels();
 const KernelSet& avx512_vnni_kernels();
+const KernelSet& amx_bf16_kernels();
+const KernelSet& amx_int8_kernels();
 const KernelSet& neon_kernels();
 
 // The best kernels of the precision for this processor, or of float32 where it has none of that precision. The environment
-// variable TETRIS_ONNX_ISA names the best to use (scalar, avx2, avx512, avx512_vnni, avx512_bf16; scalar, neon). Throws
+// variable TETRIS_ONNX_ISA names the best to use (scalar, avx2, avx512, avx512_vnni, avx512_bf16, amx; scalar, neon). Throws
 // std::invalid_argument when it names something unknown or not supported here.
 const KernelSet& select_kernels(Precision precision = Precision::kFloat32);
 

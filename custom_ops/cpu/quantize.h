@@ -1,4 +1,5 @@
-// How weights and inputs are rounded to the precisions other than float32, and how channels share an element.
+// How weights and inputs are rounded to the precisions other than float32, how channels share an element and elements a
+// tile.
 #pragma once
 
 #include <algorithm>
@@ -53,9 +54,18 @@ inline int32_t quantize_weight(float value, float scale) {
   return std::isnan(scale) ? 0 : static_cast<int32_t>(std::lrint(value / scale));
 }
 
-// The elements of a block column of the weight begin at multiples of this: an element lies in one block.
-inline int64_t elements_per_block(const BlockSparseWeight& weight, int packed) {
-  return (weight.block_inputs + packed - 1) / packed;
+// The largest part, at most kTileSize, of which `count` is made up most evenly.
+inline int even_part(int64_t count) {
+  const int64_t parts = (count + kTileSize - 1) / kTileSize;
+  return static_cast<int>((count + parts - 1) / parts);
+}
+
+// How a weight is cut into tiles; a single row and element without TileKernels.
+inline TileShape tile_shape(const BlockSparseWeight& weight, const KernelSet& kernels) {
+  if (kernels.tiles == nullptr) return {1, 1};
+  const int64_t inputs = std::min(weight.block_inputs, weight.inputs);
+  return {even_part(std::min(weight.block_outputs, weight.outputs)),
+          even_part((inputs + kernels.packed - 1) / kernels.packed)};
 }
 
 // The 32-bit element of the weights w[0..packed) of a row; `scale` is the row's (kInt8).
@@ -126,12 +136,33 @@ struct RowTerms {
   }
 };
 
+// A product of tiles takes as long whatever its depth is: less than this, in elements, and vectors are as fast.
+constexpr int kLeastTileElements = 4;
+
+// Tile registers of the calling thread, as long as this lives; nothing where `kernels` is null.
+class TilesInUse {
+ public:
+  TilesInUse(const TileKernels* kernels, const TileShape& shape) : kernels_(kernels) {
+    if (kernels_ != nullptr) kernels_->begin(shape);
+  }
+  ~TilesInUse() {
+    if (kernels_ != nullptr) kernels_->end();
+  }
+  TilesInUse(const TilesInUse&) = delete;
+  TilesInUse& operator=(const TilesInUse&) = delete;
+
+ private:
+  const TileKernels* kernels_;
+};
+
 // The kernels for a layer: of the precision, or of float32 where the processor has none of it or the sums of so many
 // products of bytes could overflow.
 inline const KernelSet& kernels_for(Precision precision, const BlockSparseWeight& weight) {
   const int64_t products = checked_product(weight.inputs, weight.taps);
   if (precision == Precision::kInt8 && products > INT32_MAX / (255 * 127)) precision = Precision::kFloat32;
-  return select_kernels(precision);
+  const KernelSet& kernels = select_kernels(precision);
+  const bool narrow = kernels.tiles != nullptr && tile_shape(weight, kernels).elements < kLeastTileElements;
+  return narrow ? *kernels.tiles->vectors : kernels;
 }
 
 }  // namespace tetris

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import platform
+import shutil
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,3 +35,19 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, rng: np
             raise
         pytest.skip(f"this processor has no {request.param}")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def amx(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """The emulator of AMX, for the op library to find; skips the test where it cannot be built."""
+    library = tmp_path_factory.mktemp("amx") / "libamx_emulator.so"
+    flags = ["-std=c++17", "-O3", "-march=native", "-shared", "-fPIC"]
+    flags += os.environ.get("TETRIS_ONNX_TEST_CXXFLAGS", "").split()  # run_sanitizers.sh
+    source = Path(__file__).with_name("amx_emulator.cc")
+    compiler = os.environ.get("CXX", "c++")
+    if platform.system() != "Linux" or platform.machine() != "x86_64" or shutil.which(compiler) is None:
+        pytest.skip("the emulator of AMX needs a C++ compiler and 64-bit x86 Linux")
+    subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
+    emulator = ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    emulator.tetris_onnx_amx_executed.restype = ctypes.c_int64
+    return emulator

@@ -41,3 +41,4 @@ cmake --build "$folder/thread" --target kernel_check --parallel 2 >"$folder/buil
   { cat "$folder/build.log"; exit 1; }
 "$folder/thread/kernel_check" 60
 TETRIS_ONNX_ISA=scalar "$folder/thread/kernel_check" 30
+if grep -q avx512_bf16 /proc/cpuinfo; then TETRIS_ONNX_ISA=amx "$folder/thread/kernel_check" 20; fi

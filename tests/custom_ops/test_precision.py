@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -13,23 +14,27 @@ from tests.custom_ops import models
 # int8: exact sums, scaled), relative to the largest output.
 TOLERANCE = 1e-5
 
-# The instruction set that has the precision.
+# The instruction sets that have the precisions. AMX's instructions are emulated where the processor lacks them.
 ISA = {"bfloat16": "avx512_bf16", "int8": "avx512_vnni"}
+KERNELS = [*ISA.items(), *((precision, "amx") for precision in ISA)]
 BLOCK_SIZES = [1, 2, 3, 5, 8, 13, 16, 31, 32, 33, 64]
 
 
-@pytest.fixture(params=ISA)
+@pytest.fixture(params=KERNELS, ids="-".join)
 def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> str:
-    """A precision that the processor has kernels of, forced; skips the test where it has none."""
-    monkeypatch.setenv("TETRIS_ONNX_ISA", ISA[request.param])
+    """A precision and an instruction set that has it, forced; skips the test where the processor has none of it."""
+    name, isa = request.param
+    if isa == "amx":
+        request.getfixturevalue("amx")
+    monkeypatch.setenv("TETRIS_ONNX_ISA", isa)
     monkeypatch.setenv("TETRIS_ONNX_CONV", "direct")  # Winograd's form is float32
     try:
         models.session(models.make_model(models.random_op(rng, (1, 1), (1, 1)), [1, 1]))
     except Exception as error:
         if "this build and processor support" not in str(error):
             raise
-        pytest.skip(f"this processor has no {ISA[request.param]}")
-    return str(request.param)
+        pytest.skip(f"this processor has no {isa}")
+    return str(name)
 
 
 def check(op: models.Op, x: models.Array, threads: int = 1) -> None:
@@ -127,6 +132,8 @@ def test_map_sizes(precision: str, rng: np.random.Generator, size: tuple[int, in
 def test_strips_threads_and_batch(
     precision: str, rng: np.random.Generator, size: tuple[int, int], stride: int, threads: int, batch: int
 ) -> None:
+    if os.environ["TETRIS_ONNX_ISA"] == "amx" and size[0] > 100:
+        size = (90, 70)  # in strips in test_amx.py
     op = models.random_op(rng, (24, 53, 3, 3), (8, 16), 0.3, pads=[1] * 4, strides=[stride] * 2, precision=precision)
     check(op, random_input(rng, batch, 53, *size), threads)
 
@@ -166,6 +173,8 @@ def test_bfloat16_is_float32_where_winograd_is_faster(
     precision: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TETRIS_ONNX_CONV", "auto")
+    if os.environ["TETRIS_ONNX_ISA"] == "amx":
+        pytest.skip("tiles are faster still; that they are used is in test_amx.py")
     op = models.random_op(rng, (256, 128, 3, 3), (32, 32), 1.0, pads=[1] * 4, precision=precision)
     x = random_input(rng, 1, 128, 56, 56)  # of the many multiplications that Winograd's form saves most of
     y = models.run(op, x)

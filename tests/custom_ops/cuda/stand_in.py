@@ -54,7 +54,7 @@ def compile_libraries(folder: Path) -> tuple[Path, Path]:
     flags += os.environ.get("TETRIS_ONNX_TEST_CXXFLAGS", "").split()  # run_sanitizers.sh
     sources = [OPS / f for f in ("library.cc", "kernel_info.cc", "shape_inference.cc", "channels_last_max_pool.cc")]
     sources += [*OPS.glob("block_sparse_*.cc"), *CUDA.glob("*.cc"), *(OPS / "cpu").glob("*.cc")]
-    sources = [s for s in sources if not re.search("kernels_(avx|neon)", s.name)]
+    sources = [s for s in sources if not re.search("kernels_(avx|amx|neon)", s.name)]
     library, driver = folder / "libtetris_onnx_ops.so", folder / "libcuda.so.1"
     definitions = [
         "-DTETRIS_CUDA",
