@@ -14,6 +14,7 @@ import pytest
 
 from models import Net, block_sparse_nodes, op_counts, random_feed, relative_error, run
 from tetris_onnx import runtime
+from tetris_onnx.calibration import Data
 from tetris_onnx.config import Config, LayerRule
 from tetris_onnx.graph import io
 from tetris_onnx.graph.io import ModelError
@@ -250,6 +251,21 @@ def test_the_error_of_a_precision_is_reported(precision: str) -> None:
     else:
         assert low < most < high
         assert 0 < mean < most
+
+
+@pytest.mark.parametrize("samples", [1, 40])
+def test_with_samples_int8_has_fixed_ranges(samples: int) -> None:
+    x = np.random.default_rng(1).standard_normal((samples, 3, 12, 12)).astype(np.float32)
+    result = optimize(network(), replace(CONFIG, precision="int8"), calibration=Data("random", {"x": x}))
+    ranges = [a.floats for node in block_sparse_nodes(result.model) for a in node.attribute if a.name == "input_range"]
+    rounded = [node for node in block_sparse_nodes(result.model) for a in node.attribute if a.name == "precision"]
+    assert len(ranges) == len(rounded) == 3
+    for low, high in ranges:
+        assert low <= 0 < high
+    (note,) = (note for note in result.report.notes if "the range of each layer's input is fixed" in note)
+    assert ("on 10 others" if samples == 40 else "on 1 of them") in note
+    if "no kernels of int8" not in " ".join(result.report.notes):
+        assert ROUNDING["int8"][0] < result.report.rounding_error[0] < ROUNDING["int8"][1]
 
 
 def test_without_kernels_a_precision_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:

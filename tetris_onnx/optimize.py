@@ -50,6 +50,7 @@ from tetris_onnx.passes import (
 )
 from tetris_onnx.plan import Plan
 from tetris_onnx.planner import OPEN_SIZES, Progress, prepare
+from tetris_onnx.quantization import InputRanges, input_ranges
 from tetris_onnx.report import LayerReport, Report
 from tetris_onnx.trial import Trial, try_out
 
@@ -60,6 +61,8 @@ _RANDOM_SAMPLES = 2
 # percent for bytes. The bounds are ten times that: beyond, the answers are not the network's any more.
 _MOST_ROUNDING = {"bf16": 0.1, "int8": 0.5}
 _REAL_SAMPLES = 16
+# Samples that the ranges of int8 inputs are taken from.
+_RANGE_SAMPLES = 64
 # How often layers that measured slower than dense are made dense; each time the others are measured again.
 _MOST_CHANGES = 3
 _KEPT_WHOLE = "{}; kept whole, BlockSparseConv runs it, which saves a change of layout"
@@ -88,6 +91,16 @@ class _Verified:
     model: onnx.ModelProto
     error: float
     rounding_error: tuple[float, float] | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """A model in another precision, and the samples that say how far it is from float32."""
+
+    model: onnx.ModelProto
+    samples: Samples | None
+    note: str | None = None
 
 
 def optimize(
@@ -166,9 +179,18 @@ def optimize(
             error = verify(result, masked_dense(source, plan, weights), config.tolerance, some)
             if config.precision == "float32" or not len(plan):
                 return _Verified(result, error)
-            step = Pass("set_precision", partial(set_precision, precision=config.precision))
-            exact, result = result, io.to_proto(run_passes(sparse, [step]), source)
-            return _Verified(result, error, verify_precision(result, exact, config.precision, some))
+
+            def rounded(ranges: InputRanges | None = None) -> onnx.ModelProto:
+                step = partial(set_precision, precision=config.precision, input_ranges=ranges)
+                return io.to_proto(run_passes(sparse, [Pass("set_precision", step)]), source)
+
+            if config.precision == "int8" and samples is not None:
+                found = _with_ranges(rounded, result, samples)
+            else:
+                found = _Rounded(rounded(), some)
+            return _Verified(
+                found.model, error, verify_precision(found.model, result, config.precision, found.samples), found.note
+            )
 
     built = build(plan, weights, None if dump_passes is None else Path(dump_passes))
     trial = None
@@ -203,7 +225,11 @@ def optimize(
         seconds=clock.seconds,
         importance=config.importance if config.importance != "auto" else "l1" if calibration is None else "hessian",
         machine=machine.name,
-        notes=(*decision.notes, *_notes(config, plan, rows, built.rounding_error)),
+        notes=(
+            *decision.notes,
+            *([built.note] if built.note else []),
+            *_notes(config, plan, rows, built.rounding_error),
+        ),
     )
     if trial is not None:
         report = _with_times(report, trial)
@@ -328,7 +354,11 @@ def _first(samples: Samples, inputs: Sequence[InputSpec]) -> Samples:
     """As many of the samples as the verification runs: whole batches where the model fixes their size."""
     batch = fixed_batch(inputs) or 1
     n = min(count(samples, inputs), -(-_REAL_SAMPLES // batch) * batch)
-    return {spec.name: samples[spec.name][:n] if spec.shape else samples[spec.name] for spec in inputs}
+    return _part(samples, inputs, slice(n))
+
+
+def _part(samples: Samples, inputs: Sequence[InputSpec], part: slice) -> Samples:
+    return {spec.name: samples[spec.name][part] if spec.shape else samples[spec.name] for spec in inputs}
 
 
 def verify(model: onnx.ModelProto, reference: onnx.ModelProto, tolerance: float, data: Samples | None = None) -> float:
@@ -363,6 +393,37 @@ def verify(model: onnx.ModelProto, reference: onnx.ModelProto, tolerance: float,
     return error
 
 
+def _with_ranges(
+    rounded: Callable[[InputRanges | None], onnx.ModelProto], exact: onnx.ModelProto, samples: Samples
+) -> _Rounded:
+    """The int8 model with fixed input ranges, of those that are tried the ones of the least error on held-out samples.
+
+    ``rounded``: makes the model with ranges, or with ones that each run finds; ``exact``: the same in float32.
+    """
+    inputs = model_inputs(exact)
+    batch = fixed_batch(inputs) or 1
+    n = count(samples, inputs)
+    held = min(_REAL_SAMPLES, n // 4) // batch * batch
+    seen = min(_RANGE_SAMPLES, n - held) // batch * batch
+    some, others = (_part(samples, inputs, part) for part in (slice(seen), slice(n - held, n) if held else slice(seen)))
+
+    def error(model: onnx.ModelProto) -> float:
+        return _rounding(model, exact, others)[1]
+
+    (wide, _), wide_samples = _comparable(exact, exact, some)
+    found = input_ranges(wide, wide_samples or some)
+    models = {share: rounded(ranges) for share, ranges in found.items()}
+    errors = {share: error(model) for share, model in models.items()}
+    best = min(errors, key=lambda share: errors[share])
+    cut = f"without {100 * best:g} % of the values at each end" if best else "from the least to the largest value"
+    whose = f"{held} others" if held else f"{seen} of them"
+    note = (
+        f"int8: the range of each layer's input is fixed, {cut} that {seen} samples have; mean error "
+        f"{errors[best]:.1e} of max|y| on {whose}, {error(rounded(None)):.1e} with ranges found in each run"
+    )
+    return _Rounded(models[best], others, note)
+
+
 def verify_precision(
     model: onnx.ModelProto, exact: onnx.ModelProto, precision: str, data: Samples | None = None
 ) -> tuple[float, float]:
@@ -371,16 +432,22 @@ def verify_precision(
     On ``data``, or on random inputs where there is none. Raises `VerificationError` when the largest error is beyond
     what rounding alone can do (see ``_MOST_ROUNDING``).
     """
+    most, mean, worst = _rounding(model, exact, data)
+    if not most <= _MOST_ROUNDING[precision]:
+        raise VerificationError(
+            f"precision {precision} changes the output {worst!r} by {most:.1e} of max|y|, too much "
+            "to be of use; nothing was written. Use another precision"
+        )
+    return most, mean
+
+
+def _rounding(model: onnx.ModelProto, exact: onnx.ModelProto, data: Samples | None) -> tuple[float, float, str]:
+    """Largest and mean error of ``model`` relative to max|y| of ``exact``, and the name of the output that has them."""
     pair, data = _comparable(exact, model, data)
     found = compare(*pair, data, samples=_RANDOM_SAMPLES)
     worst = max(found.outputs, key=lambda output: output.relative)
-    if not worst.relative <= _MOST_ROUNDING[precision]:
-        raise VerificationError(
-            f"precision {precision} changes the output {worst.name!r} by {worst.relative:.1e} of max|y|, too much "
-            "to be of use; nothing was written. Use another precision"
-        )
     mean = worst.mean_abs * worst.relative / worst.max_abs if worst.max_abs else 0.0
-    return worst.relative, mean
+    return worst.relative, mean, worst.name
 
 
 def _comparable(

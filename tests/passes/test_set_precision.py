@@ -54,3 +54,18 @@ def test_the_graph_stays_what_it_was() -> None:
     model = rounded(exact, "bf16")
     assert exact.SerializeToString(deterministic=True) == before
     assert op_counts(model) == op_counts(exact)
+
+
+def test_input_ranges_are_an_attribute_that_the_functions_ignore() -> None:
+    dense = network()
+    exact = rewrite(dense, random_plan(dense))
+    names = [node.name for node in exact.graph.node if node.domain == DOMAIN]
+    ranges = {names[0]: (-1.0, 2.5)}
+    step = Pass("set_precision", lambda graph: set_precision(graph, "int8", ranges))
+    model = io.to_proto(run_passes(io.to_graph(exact), [step]), exact)
+    onnx.checker.check_model(model, full_check=True)
+    found = {n.name: list(a.floats) for n in model.graph.node for a in n.attribute if a.name == "input_range"}
+    assert found == {names[0]: [-1.0, 2.5]}
+    feed = random_feed(model)
+    for y, z in zip(run(exact, feed), run(model, feed), strict=True):
+        np.testing.assert_array_equal(y, z)  # without the op library

@@ -6,6 +6,8 @@ first convolution that is kept whole stays float32, as it would be without our o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_graphsurgeon as gs
 
 from tetris_onnx.graph.layers import DOMAIN, OUR_OPS
@@ -15,11 +17,21 @@ from tetris_onnx.passes.lower_first_layer import is_first_convolution
 PRECISION_ATTRIBUTES = {"float32": "float32", "bf16": "bfloat16", "int8": "int8"}
 
 
-def set_precision(graph: gs.Graph, precision: str) -> None:
-    """Apply the pass: ``precision`` is a key of `PRECISION_ATTRIBUTES`."""
+def set_precision(
+    graph: gs.Graph, precision: str, input_ranges: Mapping[str, tuple[float, float]] | None = None
+) -> None:
+    """Apply the pass: ``precision`` is a key of `PRECISION_ATTRIBUTES`.
+
+    ``input_ranges``: by the name of a node, what the bytes of its input stand for; without, each run finds it.
+    """
     for node in graph.nodes:
         if node.domain == DOMAIN and node.op in OUR_OPS and not is_first_convolution(node):
             node.attrs["precision"] = PRECISION_ATTRIBUTES[precision]
+            if input_ranges is not None and node.name in input_ranges:
+                node.attrs["input_range"] = list(input_ranges[node.name])
     for function in graph.functions:
         if function.domain == DOMAIN and function.name in OUR_OPS:
-            function.attrs["precision"] = None  # a name that its nodes have, and that its body has no use for
+            # Names that its nodes have, and that its body has no use for.
+            function.attrs["precision"] = None
+            if input_ranges is not None:
+                function.attrs["input_range"] = None
