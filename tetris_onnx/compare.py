@@ -26,7 +26,7 @@ from tetris_onnx.calibration import (
 )
 from tetris_onnx.image_options import ImageOptions
 from tetris_onnx.images import load_data
-from tetris_onnx.session import ModelSource, SessionError, model_name, open_session, run
+from tetris_onnx.session import ModelSource, SessionError, model_name, open_session, run, take_turns
 
 RANDOM_SAMPLES = 8
 # Samples at a time. Memory is that of a batch, whatever the number of samples.
@@ -89,16 +89,18 @@ def compare(
     provider: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
     images: ImageOptions | None = None,
+    apart: bool = False,
 ) -> Comparison:
     """Run both models on every sample of ``data`` (see `images.load_data`), or on ``samples`` random ones.
 
-    ``shapes`` are those of `random_samples`; ``progress`` is called with (done, all) samples.
+    ``shapes`` are those of `random_samples`; ``progress`` is called with (done, all) samples. ``apart``: have only one
+    of the models in memory at a time.
     Raises `CompareError` for models with different inputs or outputs, `CalibrationError` for data that does not fit,
     `SessionError` where a model does not run.
     """
     sources = (a, b)
-    sessions = [open_session(model, provider) for model in sources]
     names = [model_name(model) for model in sources]
+    sessions = take_turns(sources, provider) if apart else [open_session(model, provider) for model in sources]
     inputs = _common_inputs(names, [session_inputs(session) for session in sessions])
     outputs = _common_outputs(sessions, names)
     labels = None

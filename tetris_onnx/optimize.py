@@ -24,6 +24,7 @@ from tetris_onnx.graph.channels import gather_permutation
 from tetris_onnx.graph.io import ModelError
 from tetris_onnx.graph.layers import CONV_ADD, CONV_MAX_POOL, DOMAIN
 from tetris_onnx.graph.outputs import before_squashing
+from tetris_onnx.graph.tensors import TensorFile, inlined
 from tetris_onnx.graph.widen import rounding, widen
 from tetris_onnx.heatmaps import weight_maps
 from tetris_onnx.image_options import ImageOptions
@@ -149,11 +150,13 @@ def optimize(
         original = io.load(model) if isinstance(model, (str, Path)) else model
         source = io.raise_opset(original)
         graph = io.to_graph(source)
+        weight_file = io.open_weights() if io.is_large(source) else None
         before = {node.name for node in graph.nodes if gather_permutation(node) is not None}
     machine = _fitted_machine(clock) if measure else load_machine()
     with clock.stage("plan"):
         prepared = prepare(graph)
-        proto = io.to_proto(prepared, source)
+        # Without samples, all that is asked of it is its inputs.
+        proto = source if calibration is None else io.to_proto(prepared, source, weight_file)
         inputs = model_inputs(proto)
         if isinstance(calibration, (str, Path)):
             calibration = load_data(calibration, inputs, images)
@@ -166,7 +169,9 @@ def optimize(
         if max_drop is None:
             decision = problem.decide(config, plan)
         else:
-            decision = problem.sparsest(config, max_drop, lambda found: _points_lost(source, found, labeled))
+            decision = problem.sparsest(
+                config, max_drop, lambda found: _points_lost(source, found, labeled, weight_file)
+            )
         plan, weights, rows = decision.plan, decision.weights, decision.rows
     some = None if samples is None else _first(samples, model_inputs(source))
 
@@ -174,15 +179,15 @@ def optimize(
         with clock.stage("rewrite"):
             steps = pipeline(plan, config.gathers, weights, config.target)
             sparse = run_passes(graph, steps, folder, source)
-            result = io.to_proto(sparse, source)
+            result = io.to_proto(sparse, source, weight_file)
         with clock.stage("verify"):
-            error = verify(result, masked_dense(source, plan, weights), config.tolerance, some)
+            error = verify(result, masked_dense(source, plan, weights, weight_file), config.tolerance, some)
             if config.precision == "float32" or not len(plan):
                 return _Verified(result, error)
 
             def rounded(ranges: InputRanges | None = None) -> onnx.ModelProto:
                 step = partial(set_precision, precision=config.precision, input_ranges=ranges)
-                return io.to_proto(run_passes(sparse, [Pass("set_precision", step)]), source)
+                return io.to_proto(run_passes(sparse, [Pass("set_precision", step)]), source, weight_file)
 
             if config.precision == "int8" and samples is not None:
                 found = _with_ranges(rounded, result, samples)
@@ -217,8 +222,8 @@ def optimize(
         layers=tuple(rows),
         gathers=gathers,
         fused=(ops.count(CONV_ADD), ops.count(CONV_MAX_POOL)),
-        bytes_before=original.ByteSize(),
-        bytes_after=built.model.ByteSize(),
+        bytes_before=io.size_of(original),
+        bytes_after=io.size_of(built.model),
         max_error=built.error,
         precision=config.precision,
         rounding_error=built.rounding_error,
@@ -233,7 +238,7 @@ def optimize(
     )
     if trial is not None:
         report = _with_times(report, trial)
-    return Result(built.model, plan, report, weight_maps(prepared, plan, weights) if weight_pictures else {})
+    return Result(inlined(built.model), plan, report, weight_maps(prepared, plan, weights) if weight_pictures else {})
 
 
 def _is_kept_whole(row: LayerReport, ours: set[str]) -> bool:
@@ -293,9 +298,11 @@ def _with_times(report: Report, trial: Trial) -> Report:
     return replace(report, milliseconds=(first, second), speedup=(ratio, *interval), notes=tuple(notes))
 
 
-def _points_lost(source: onnx.ModelProto, decision: Decision, labeled: Data | None) -> float:
+def _points_lost(
+    source: onnx.ModelProto, decision: Decision, labeled: Data | None, weight_file: TensorFile | None
+) -> float:
     """By how many points the accuracy falls."""
-    found = compare(source, masked_dense(source, decision.plan, decision.weights), labeled)
+    found = compare(source, masked_dense(source, decision.plan, decision.weights, weight_file), labeled)
     if found.accuracy_a is None or found.accuracy_b is None:
         raise CalibrationError("the accuracy that max_drop limits needs labeled samples")
     return 100 * (found.accuracy_a - found.accuracy_b)
@@ -337,17 +344,21 @@ def pipeline(
 
 
 def masked_dense(
-    model: onnx.ModelProto, plan: Plan, weights: Mapping[str, NewWeights] | None = None
+    model: onnx.ModelProto,
+    plan: Plan,
+    weights: Mapping[str, NewWeights] | None = None,
+    weight_file: TensorFile | None = None,
 ) -> onnx.ModelProto:
     """The dense model with the blocks that ``plan`` drops set to zero: what the block-sparse one has to compute.
 
-    Refitted ``weights`` are those of a model whose BatchNormalization is fused; without them it stays as it is.
+    Refitted ``weights`` are those of a model whose BatchNormalization is fused; without them it stays as it is. Its
+    large constants go to ``weight_file``, if there is one.
     """
     steps = [Pass("normalize_layers", normalize_layers)]
     if weights:
         steps += [Pass("fuse_batchnorm", fuse_batchnorm), Pass("set_weights", partial(set_weights, weights=weights))]
     steps.append(Pass("prune_blocks", partial(prune_blocks, plan=plan)))
-    return io.to_proto(run_passes(io.to_graph(model), steps), model)
+    return io.to_proto(run_passes(io.to_graph(model), steps), model, weight_file)
 
 
 def _first(samples: Samples, inputs: Sequence[InputSpec]) -> Samples:
@@ -371,9 +382,10 @@ def verify(model: onnx.ModelProto, reference: onnx.ModelProto, tolerance: float,
     pair, data = _comparable(reference, model, data)
     if rounding(model):
         tolerance = max(tolerance, _WEIGHT_ROUNDINGS * rounding(model))
-    runs = [] if data is None else [compare(*pair, data)]
+    apart = any(io.is_large(each) for each in pair)
+    runs = [] if data is None else [compare(*pair, data, apart=apart)]
     try:
-        runs.append(compare(*pair, samples=_RANDOM_SAMPLES))
+        runs.append(compare(*pair, samples=_RANDOM_SAMPLES, apart=apart))
     except CalibrationError:  # no random input of a usual size suits the model: the user's data has to do
         if data is None:
             raise
@@ -444,7 +456,7 @@ def verify_precision(
 def _rounding(model: onnx.ModelProto, exact: onnx.ModelProto, data: Samples | None) -> tuple[float, float, str]:
     """Largest and mean error of ``model`` relative to max|y| of ``exact``, and the name of the output that has them."""
     pair, data = _comparable(exact, model, data)
-    found = compare(*pair, data, samples=_RANDOM_SAMPLES)
+    found = compare(*pair, data, samples=_RANDOM_SAMPLES, apart=any(io.is_large(each) for each in pair))
     worst = max(found.outputs, key=lambda output: output.relative)
     mean = worst.mean_abs * worst.relative / worst.max_abs if worst.max_abs else 0.0
     return worst.relative, mean, worst.name
@@ -460,7 +472,8 @@ def _comparable(
         return pair, data
     halves = ("float16", "bfloat16")
     data = data and {name: x.astype(np.float32) if x.dtype.name in halves else x for name, x in data.items()}
-    return (widen(pair[0]), widen(pair[1])), data
+    weight_file = io.open_weights() if any(io.is_large(each) for each in pair) else None
+    return (widen(pair[0], weight_file), widen(pair[1], weight_file)), data
 
 
 def _before_squashing(reference: onnx.ModelProto, model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:

@@ -134,10 +134,9 @@ def make_plan(
         key = id(layer.node.inputs[1]), layer.stored_transposed, candidate.block_size, sparsity, axes
         if key not in jobs:
             jobs[key] = len(tasks)
-            scores = magnitude(candidate.layer, config)
-            tasks.append((scores, candidate.block_size, candidate.options.sparsity, axes, config.reorder, config.seed))
+            tasks.append((layer, candidate.block_size, candidate.options.sparsity, axes))
         job_of.append(jobs[key])
-    found = _run(tasks, config.workers, progress)
+    found = _run(tasks, config, progress)
 
     plans, rows = [], []
     for candidate, job in zip(candidates, job_of, strict=True):
@@ -295,18 +294,26 @@ def search_order(
     return reorder(scores, BlockPruner(block_size, sparsity), axes, method, seed=seed)  # type: ignore[arg-type]
 
 
-def _run(tasks: Sequence[tuple], workers: int | None, progress: Progress | None) -> list[Reordering]:
+def _run(tasks: Sequence[tuple], config: Config, progress: Progress | None) -> list[Reordering]:
     """The searches' results in the order of ``tasks``; the longest start first."""
-    order = sorted(range(len(tasks)), key=lambda i: -tasks[i][0].size)
+    sizes = [math.prod(task[0].weight_shape[:2]) for task in tasks]
+    order = sorted(range(len(tasks)), key=lambda i: -sizes[i])
     found: dict[int, Reordering] = {}
-    # joblib hands large arrays over as memory maps and keeps each process to its share of the BLAS threads.
-    processes = process_count([task[0].size for task in tasks], workers)
-    runner = Parallel(n_jobs=processes, return_as="generator_unordered", batch_size=1)
-    for index, result in runner(delayed(_numbered)(i, tasks[i]) for i in order):
+    # joblib hands large arrays over as memory maps and keeps each process to its share of the BLAS threads. It takes
+    # the calls as it gets to them: the scores of two layers for each process are in memory at a time.
+    runner = Parallel(n_jobs=process_count(sizes, config.workers), return_as="generator_unordered", batch_size=1)
+    for index, result in runner(_search(i, tasks[i], config) for i in order):
         found[index] = result
         if progress is not None:
             progress("search", len(found), len(tasks))
     return [found[i] for i in range(len(tasks))]
+
+
+def _search(index: int, task: tuple, config: Config) -> tuple:
+    """The call that searches the order of a layer."""
+    layer, block_size, sparsity, axes = task
+    scores = magnitude(layer, config)
+    return delayed(_numbered)(index, (scores, block_size, sparsity, axes, config.reorder, config.seed))
 
 
 def process_count(sizes: Sequence[int], workers: int | None) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import onnx
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from tetris_onnx import runtime
 from tetris_onnx.calibration import Samples
+from tetris_onnx.graph.io import ModelError, as_file, needs_file
 from tetris_onnx.graph.layers import DOMAIN
 
 ModelSource: TypeAlias = str | Path | onnx.ModelProto
@@ -63,22 +65,61 @@ def open_session(
     name = model_name(model)
     try:
         if isinstance(model, onnx.ModelProto):
-            source: str | bytes = model.SerializeToString()
             ours = uses_our_ops(model)
         else:
             if not Path(model).is_file():
                 raise SessionError(f"{name}: no such file")
-            source = str(model)
-            ours = uses_our_ops(onnx.load(source, load_external_data=False))
+            ours = uses_our_ops(onnx.load(model, load_external_data=False))
         create = runtime.InferenceSession if ours else ort.InferenceSession
-        session = create(source, sess_options=options, providers=providers)
-    except (SessionError, runtime.OpLibraryMissingError):
+        if not isinstance(model, onnx.ModelProto):
+            session = create(str(model), sess_options=options, providers=providers)
+        elif not needs_file(model):
+            session = create(model.SerializeToString(), sess_options=options, providers=providers)
+        else:
+            with as_file(model) as path:
+                session = create(str(path), sess_options=options, providers=providers)
+    except (SessionError, ModelError, runtime.OpLibraryMissingError):
         raise
     except Exception as error:  # onnxruntime, onnx and protobuf raise their own types, with no common base
         raise SessionError(f"{name}: cannot be loaded ({_one_line(error)})") from None
     if PROVIDERS[provider] not in session.get_providers():
         raise SessionError(f"{PROVIDERS[provider]} does not start on this machine; `tetris-onnx doctor` says more")
     return session
+
+
+def take_turns(models: Sequence[ModelSource], provider: str = "cpu") -> list[Any]:
+    """Sessions of all ``models`` of which one is open at a time: running another one closes it. For large models."""
+    opened: dict[int, Any] = {}
+    return [_Turn(i, model, provider, opened) for i, model in enumerate(models)]
+
+
+class _Turn:
+    """What `compare` needs of an onnxruntime session. ``opened`` holds the one that is open, by its number."""
+
+    def __init__(self, number: int, model: ModelSource, provider: str, opened: dict[int, Any]) -> None:
+        self._number, self._model, self._provider, self._opened = number, model, provider, opened
+        session = self._session()
+        self._inputs, self._outputs = _values(session.get_inputs()), _values(session.get_outputs())
+
+    def get_inputs(self) -> list[SimpleNamespace]:
+        return self._inputs
+
+    def get_outputs(self) -> list[SimpleNamespace]:
+        return self._outputs
+
+    def run(self, names: Sequence[str] | None, feed: Samples) -> Sequence[NDArray]:
+        return self._session().run(names, feed)
+
+    def _session(self) -> Any:
+        if self._number not in self._opened:
+            self._opened.clear()
+            self._opened[self._number] = open_session(self._model, self._provider)
+        return self._opened[self._number]
+
+
+def _values(nodes: Sequence[Any]) -> list[SimpleNamespace]:
+    """The inputs or outputs of a session, as they are without it: onnxruntime's own objects keep it alive."""
+    return [SimpleNamespace(name=node.name, type=node.type, shape=node.shape) for node in nodes]
 
 
 def run(session: Any, feed: Samples, name: str) -> Sequence[NDArray]:

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from tetris_onnx.graph.shapes import run_node
+from tetris_onnx.graph.tensors import values_of
 
 # Operators that exporters put between a stored weight and the layer. DequantizeLinear is not among them: a quantized
 # weight has to stay one.
@@ -27,7 +28,7 @@ def constant_value(
     ``known`` holds what was found before, by the id of the tensor: hand the same one over while the graph lives.
     """
     if isinstance(tensor, gs.Constant):
-        return tensor.values
+        return values_of(tensor)
     known = {} if known is None else known
     if id(tensor) not in known:
         known[id(tensor)] = _compute(graph, tensor, known, depth)

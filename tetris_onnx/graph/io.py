@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import version_converter
@@ -20,6 +23,25 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from tetris_onnx.graph.plain import plain_form
 from tetris_onnx.graph.shapes import UNKNOWN, infer_shapes
+from tetris_onnx.graph.tensors import (
+    IN_MEMORY,
+    WORTH_A_FILE,
+    Deferred,
+    TensorFile,
+    check_tensors,
+    defer_external,
+    gathered,
+    in_files,
+    inlined,
+    is_external,
+    place_external,
+    split,
+    stored_bytes,
+    values_of,
+    without_initializers,
+    write_whole,
+)
+from tetris_onnx.graph.tensors import ModelError as ModelError
 from tetris_onnx.graph.widen import rounding
 
 # The functions that define our ops for other runtimes use operators as they are since this version.
@@ -27,45 +49,62 @@ MIN_OPSET = 13
 _MIN_OPSET_HALF = 15
 # protobuf refuses larger messages: such a model keeps its weights in a file beside it.
 _MAX_PROTO_BYTES = 2**31 - 2**20
-
-
-class ModelError(ValueError):
-    """A model that cannot be read, written or worked on; the message is one line that says why."""
+# The names that the file of weights of PATH takes: PATH.data, or the first of PATH.1.data, ... that is free.
+_DATA_NAMES = 1000
 
 
 @contextlib.contextmanager
 def write_atomically(path: Path) -> Iterator[IO[bytes]]:
     """Yield a binary file that becomes ``path`` when the block ends without an exception, and vanishes otherwise."""
-    path = Path(path)
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as error:
-        raise ModelError(f"cannot write {path}: {error.strerror}") from None
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; a model is an ordinary one
+    with _temporary(path) as (file, temporary):
+        yield file
+        file.close()
         temporary.replace(path)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
+    """A file beside ``path`` to write to and its name, gone in the end. Whatever fails is a `ModelError`."""
+    path = Path(path)
+    temporary = None
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
+        temporary = Path(name)
+        with os.fdopen(handle, "wb") as file:
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; a model is an ordinary one
+            yield file, temporary
     except OSError as error:
-        raise ModelError(f"cannot write {path}: {error.strerror}") from None
+        raise ModelError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> onnx.ModelProto:
-    """Read and check an ONNX file. Raises `ModelError`."""
+    """Read and check an ONNX file. Raises `ModelError`.
+
+    Large weights that the model keeps in files stay there where they are more than `tensors.IN_MEMORY`.
+    """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise ModelError(f"{path}: no such file")
+    if not path.is_file():
+        raise ModelError(f"{path}: a folder, not an ONNX file" if path.is_dir() else f"{path}: not a regular file")
     try:
-        model = onnx.load(path)
+        model = onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror or error})") from None
     except Exception as error:  # protobuf and onnx raise many types for broken files
         raise ModelError(f"{path}: not a readable ONNX model ({_first_line(error)})") from None
     if not model.HasField("graph") or not model.opset_import:
         raise ModelError(f"{path}: not an ONNX model")
+    try:
+        check_tensors(model)
+        place_external(model, path.parent)
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
     try:
         onnx.checker.check_model(path)
     except Exception as error:
@@ -75,22 +114,109 @@ def load(path: str | Path) -> onnx.ModelProto:
 
 
 def save(model: onnx.ModelProto, path: str | Path) -> None:
-    """Write a model, whole or not at all. Above 2 GB its weights go to ``PATH.data``. Raises `ModelError`."""
+    """Write a model, whole or not at all. Above 2 GB its weights go to a file beside it, ``PATH.data``.
+
+    There are never a model and weights that do not belong together: new weights get a name that is free
+    (``PATH.1.data`` where ``PATH.data`` is there), then the model replaces the old one, then the old one's weights go.
+    Raises `ModelError`.
+    """
     path = Path(path)
-    if model.ByteSize() < _MAX_PROTO_BYTES:
+    size = size_of(model)
+    if size < _MAX_PROTO_BYTES:
+        model = inlined(model)
+        before = _own_data(path)
         with write_atomically(path) as file:
-            file.write(model.SerializeToString())
+            if size < IN_MEMORY:
+                file.write(model.SerializeToString())
+            else:
+                write_whole(model, file)
+        _remove(before)
         return
+    with _temporary(path) as (data, temporary):
+        weights = TensorFile(data, "")
+        light = split(model, weights)
+        data.close()
+        final = _claim(temporary, path)
+        for tensor in light.graph.initializer:
+            if is_external(tensor):
+                tensor.external_data[0].value = final.name
+        try:
+            if light.ByteSize() >= _MAX_PROTO_BYTES:
+                raise ModelError(f"cannot write {path}: without its weights it still takes more than 2 GB")
+            before = _own_data(path)
+            with write_atomically(path) as file:
+                file.write(light.SerializeToString())
+        except BaseException:
+            final.unlink(missing_ok=True)
+            raise
+    _remove(before - {final})
+
+
+@contextlib.contextmanager
+def as_file(model: onnx.ModelProto) -> Iterator[Path]:
+    """Yield a file of a model that is too large for a message, or has its weights in files; it goes with the block."""
+    with _temporary_files(), tempfile.TemporaryDirectory(prefix="tetris_onnx_", ignore_cleanup_errors=True) as folder:
+        path = Path(folder) / "model.onnx"
+        if in_files(model):
+            path.write_bytes(gathered(model, Path(folder)).SerializeToString())
+        else:
+            save(model, path)
+        yield path
+
+
+def needs_file(model: onnx.ModelProto) -> bool:
+    """Whether a model cannot be handed over as one message."""
+    return in_files(model) or size_of(model) >= _MAX_PROTO_BYTES
+
+
+def is_large(model: onnx.ModelProto) -> bool:
+    """Whether a model is not to be in memory several times."""
+    return in_files(model) or size_of(model) > IN_MEMORY
+
+
+def size_of(model: onnx.ModelProto) -> int:
+    """Bytes of a model with all of its values; those of a large one to within some for each weight."""
+    weights = sum(stored_bytes(tensor) for tensor in model.graph.initializer)
+    if weights < IN_MEMORY and not in_files(model):
+        return int(model.ByteSize())
+    return weights + int(without_initializers(model).ByteSize())  # protobuf would make a copy to tell
+
+
+def _claim(temporary: Path, path: Path) -> Path:
+    """Give the file ``temporary`` a name of `_DATA_NAMES` that no other file has, and no other run gets."""
+    for number in range(_DATA_NAMES):
+        final = path.with_name(f"{path.name}.{number}.data" if number else f"{path.name}.data")
+        try:
+            os.link(temporary, final)  # fails where there is a file, unlike a renaming
+        except FileExistsError:
+            continue
+        except OSError:  # a file system without links
+            try:
+                final.touch(exist_ok=False)
+            except FileExistsError:
+                continue
+            temporary.replace(final)
+        return final
+    raise ModelError(f"cannot write {path}: all names from {path.name}.data on are taken; remove old files")
+
+
+def _own_data(path: Path) -> set[Path]:
+    """The files of weights that `save` made for the model at ``path``."""
+    if not path.is_file():
+        return set()
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            external = f"{path.name}.data"
-            split = onnx.ModelProto()
-            split.CopyFrom(model)  # onnx moves the weights out of the message it is given
-            onnx.save_model(split, Path(folder) / path.name, save_as_external_data=True, location=external)
-            (Path(folder) / external).replace(path.parent / external)
-            (Path(folder) / path.name).replace(path)
-    except OSError as error:
-        raise ModelError(f"cannot write {path}: {error.strerror}") from None
+        model = onnx.load(path, load_external_data=False)
+    except Exception:  # it is no model
+        return set()
+    names = {tensor.external_data[0].value for tensor in model.graph.initializer if is_external(tensor)}
+    pattern = re.compile(re.escape(path.name) + r"(\.\d+)?\.data")
+    return {path.with_name(name) for name in names if pattern.fullmatch(name)}
+
+
+def _remove(files: set[Path]) -> None:
+    for file in files:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
 
 
 def raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -133,6 +259,7 @@ def to_graph(model: onnx.ModelProto) -> gs.Graph:
     """The model as an onnx-graphsurgeon graph with shapes annotated. Weights are shared with ``model``, not copied."""
     with G_LOGGER.suppress(G_LOGGER.ERROR):  # it warns of each value of a type that numpy lacks
         graph = gs.import_onnx(model)
+        defer_external(graph)
         tensors = graph.tensors()
         for tensor in tensors.values():
             if isinstance(tensor, gs.Constant) and isinstance(tensor.dtype, int):
@@ -148,9 +275,12 @@ def to_graph(model: onnx.ModelProto) -> gs.Graph:
     return graph
 
 
-def to_proto(graph: gs.Graph, like: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph as a model that keeps what graphs do not hold (metadata, producer, documentation) from ``like``."""
-    with G_LOGGER.suppress(G_LOGGER.ERROR):
+def to_proto(graph: gs.Graph, like: onnx.ModelProto, weights: TensorFile | None = None) -> onnx.ModelProto:
+    """The graph as a model that keeps what graphs do not hold (metadata, producer, documentation) from ``like``.
+
+    Large weights are written to the file ``weights``, if there is one, and the model refers to it.
+    """
+    with G_LOGGER.suppress(G_LOGGER.ERROR), _moved(graph, weights):
         model = gs.export_onnx(graph, ir_version=max(like.ir_version, 8), opset_imports=graph.import_domains)
     model.ir_version = max(like.ir_version, 8)  # the first version with functions
     for field in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
@@ -184,6 +314,53 @@ def _restore_notes(graph: onnx.GraphProto, like: onnx.GraphProto) -> None:
             ours.doc_string = theirs.doc_string
         if hasattr(theirs, "metadata_props") and not ours.metadata_props:  # since onnx 1.16
             ours.metadata_props.extend(theirs.metadata_props)
+
+
+def open_weights() -> TensorFile:
+    """A file for the weights of models too large to have several of them in memory. It lives as long as the object."""
+    with _temporary_files():
+        folder = tempfile.TemporaryDirectory(prefix="tetris_onnx_", ignore_cleanup_errors=True)
+        path = Path(folder.name) / "weights.data"
+        # Unbuffered: sessions read what was written.
+        weights = TensorFile(path.open("wb", buffering=0), path)
+        weakref.finalize(weights, folder.cleanup)
+        return weights
+
+
+@contextlib.contextmanager
+def _temporary_files() -> Iterator[None]:
+    """Say of an error in the block where temporary files go."""
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(
+            f"cannot write to the folder of temporary files, {tempfile.gettempdir()}: {error.strerror or error} "
+            "(the variable TMPDIR names another one)"
+        ) from None
+
+
+@contextlib.contextmanager
+def _moved(graph: gs.Graph, weights: TensorFile | None) -> Iterator[None]:
+    """Let the large constants of ``graph`` be in a file while the block lasts."""
+    if weights is None:
+        yield
+        return
+    before = []
+    for constant in graph.tensors().values():
+        if isinstance(constant, gs.Constant) and isinstance(constant._values, (np.ndarray, Deferred)):
+            values = values_of(constant)
+            if values.nbytes >= WORTH_A_FILE:
+                tensor = onnx.TensorProto(data_type=onnx.helper.np_dtype_to_tensor_dtype(values.dtype))
+                tensor.dims.extend(values.shape)
+                with _temporary_files():
+                    weights.add(tensor, values.tobytes())
+                before.append((constant, constant._values))
+                constant.values = gs.ir.tensor.LazyValues(tensor)
+    try:
+        yield
+    finally:
+        for constant, kept in before:
+            constant.values = kept
 
 
 def _name_nodes(graph: gs.Graph) -> None:

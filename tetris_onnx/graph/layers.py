@@ -14,6 +14,8 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from tetris_onnx.graph.tensors import values_of
+
 DOMAIN = "ai.tetris"
 # Element types that our operators take.
 WEIGHT_TYPES = ("float32", "float16", "bfloat16")
@@ -82,8 +84,8 @@ class Layer:
 
     @property
     def weight(self) -> NDArray:
-        """The weight of a dense layer as ``[out, in, *kernel]``."""
-        values = cast(NDArray, self.node.inputs[1].values)
+        """The weight of a dense layer as ``[out, in, *kernel]``; one that is in a file is read each time."""
+        values = values_of(self.node.inputs[1])
         return values.T if self.stored_transposed else values
 
     @property

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import onnx
-from onnx import inliner, numpy_helper
 from numpy.typing import NDArray
+from onnx import inliner, numpy_helper
 
 from tetris_onnx.graph.layers import DOMAIN
 

@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
+from tetris_onnx.graph.tensors import TensorFile, is_external, read_tensor
+
 # With half a unit in the last place of each: numbers of 11 and of 8 bits.
 _HALF_TYPES = {TensorProto.FLOAT16: 2.0**-11, TensorProto.BFLOAT16: 2.0**-8}
 # Attributes that name an element type: of Cast, of operators that make values, of QuantizeLinear and the like.
@@ -24,10 +26,18 @@ def rounding(model: onnx.ModelProto) -> float:
     return max((_HALF_TYPES.get(tensor.data_type, 0.0) for tensor in _constants(model.graph)), default=0.0)
 
 
-def widen(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of ``model`` that computes in float32 what it computes in float16 or bfloat16."""
+def widen(model: onnx.ModelProto, weights: TensorFile | None = None) -> onnx.ModelProto:
+    """A copy of ``model`` that computes in float32 what it computes in float16 or bfloat16.
+
+    Weights that it has in files are written to ``weights``.
+    """
     wide = onnx.ModelProto()
     wide.CopyFrom(model)
+    for tensor in wide.graph.initializer:
+        if weights is not None and is_external(tensor) and tensor.data_type in _HALF_TYPES:
+            values = read_tensor(tensor).astype(np.float32)
+            tensor.data_type = TensorProto.FLOAT
+            weights.add(tensor, values.tobytes())
     _widen_graph(wide.graph)
     for function in wide.functions:
         _widen_nodes(function.node)
@@ -67,5 +77,5 @@ def _widen_nodes(nodes: Iterable[onnx.NodeProto]) -> None:
 
 def _widen_tensor(tensor: TensorProto) -> None:
     if tensor.data_type in _HALF_TYPES:
-        values = numpy_helper.to_array(tensor).astype(np.float32)
+        values = read_tensor(tensor).astype(np.float32)
         tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))

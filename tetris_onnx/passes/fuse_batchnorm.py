@@ -8,12 +8,14 @@ rows of the weight does not change which weights are zero: a plan fits the model
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from tetris_onnx.graph.layers import WEIGHT_TYPES, Layer, layer_of, weight_type
-from tetris_onnx.passes.surgery import is_output, only_consumer, remove_node, replace_uses, set_constant
+from tetris_onnx.passes.surgery import change_weight, is_output, only_consumer, remove_node, replace_uses, set_constant
 
 
 def fuse_batchnorm(graph: gs.Graph) -> None:
@@ -67,12 +69,14 @@ def _affine(node: gs.Node, layer: Layer) -> tuple[NDArray, NDArray] | None:
 
 
 def _scale(layer: Layer, scale: NDArray, shift: NDArray) -> None:
-    weight = layer.weight
     if not np.all(scale == 1):
-        scaled = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
-        set_constant(layer.node, 1, layer.stored(scaled.astype(weight.dtype)), f"{layer.name}/weight")
+        change_weight(layer, partial(_scaled, scale), f"{layer.name}/weight")
     bias = layer.bias
     fused = shift if bias is None else scale * bias + shift
     if layer.node.op == "MatMul":
         layer.node.op = "Gemm"  # the same for the matrices that a BatchNormalization takes, and it has a bias
-    set_constant(layer.node, 2, fused.astype(weight.dtype), f"{layer.name}/bias")
+    set_constant(layer.node, 2, fused.astype(layer.node.inputs[1].dtype), f"{layer.name}/bias")
+
+
+def _scaled(scale: NDArray, weight: NDArray) -> NDArray:
+    return (weight * scale.reshape(-1, *[1] * (weight.ndim - 1))).astype(weight.dtype)

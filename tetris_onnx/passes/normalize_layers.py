@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from tetris_onnx.graph.constants import constant_value
 from tetris_onnx.graph.layers import WEIGHT_TYPES, weight_type
+from tetris_onnx.graph.tensors import values_of
 from tetris_onnx.passes.surgery import set_constant
 
 # Operators whose inputs are worth folding: layers, and those that a reordering has to pass (see graph.channels).
@@ -57,14 +58,14 @@ def _normalize_gemm(graph: gs.Graph, gemm: gs.Node) -> None:
         gemm.attrs["transA"] = 0
     alpha = gemm.attrs.pop("alpha", 1.0)
     if alpha != 1.0:
-        set_constant(gemm, 1, weight.values * weight.values.dtype.type(alpha), f"{gemm.name}/weight")
+        set_constant(gemm, 1, values_of(weight) * weight.dtype.type(alpha), f"{gemm.name}/weight")
     beta = gemm.attrs.pop("beta", 1.0)
     if len(gemm.inputs) < 3 or gemm.inputs[2].is_empty():
         return
     out = gemm.inputs[1].shape[0 if gemm.attrs.get("transB", 0) else 1]
     addend = gemm.inputs[2]
     if isinstance(addend, gs.Constant) and np.prod(addend.shape[:-1], dtype=np.int64) == 1 and len(addend.shape) <= 2:
-        bias = np.broadcast_to(addend.values.reshape(-1) * addend.values.dtype.type(beta), (out,))
+        bias = np.broadcast_to(addend.values.reshape(-1) * addend.dtype.type(beta), (out,))
         if beta != 1.0 or tuple(addend.shape) != (out,):
             set_constant(gemm, 2, bias, f"{gemm.name}/bias")
         return
@@ -74,7 +75,7 @@ def _normalize_gemm(graph: gs.Graph, gemm: gs.Node) -> None:
     gemm.outputs = [product]
     if beta != 1.0:
         scaled = gs.Variable(f"{gemm.name}/scaled", addend.dtype, addend.shape)
-        factor = gs.Constant(f"{gemm.name}/beta", np.array(beta, gemm.inputs[1].values.dtype))
+        factor = gs.Constant(f"{gemm.name}/beta", np.array(beta, gemm.inputs[1].dtype))
         graph.nodes.append(gs.Node("Mul", f"{gemm.name}/Mul", {}, [addend, factor], [scaled]))
         addend = scaled
     graph.nodes.append(gs.Node("Add", f"{gemm.name}/Add", {}, [product, addend], [total]))

@@ -5,12 +5,15 @@ The result is the dense model that every later pass has to reproduce.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
 from tetris_onnx.algorithms.blocks import original_mask
 from tetris_onnx.graph.layers import find_layers
-from tetris_onnx.passes.surgery import set_constant
+from tetris_onnx.passes.surgery import change_weight
 from tetris_onnx.plan import LayerPlan, Plan
 
 
@@ -26,11 +29,7 @@ def prune_blocks(graph: gs.Graph, plan: Plan) -> None:
         made = pruned.setdefault((id(original), layer.stored_transposed), [])
         shared = next((c for p, _, c in made if _same(p, decision)), None)
         if shared is None:
-            weight = layer.weight
-            keep = weight_mask(decision).reshape(*decision.shape, *[1] * (weight.ndim - 2))
-            set_constant(
-                layer.node, 1, layer.stored(np.where(keep, weight, weight.dtype.type(0))), f"{layer.name}/weight"
-            )
+            change_weight(layer, partial(_masked, decision), f"{layer.name}/weight")
             made.append((decision, original, layer.node.inputs[1]))
         else:
             layer.node.inputs[1] = shared
@@ -39,6 +38,11 @@ def prune_blocks(graph: gs.Graph, plan: Plan) -> None:
 def weight_mask(plan: LayerPlan) -> np.ndarray:
     """Which weights [out, in] survive, in the layer's own channel order."""
     return original_mask(plan.keep, plan.block_size, plan.out_perm, plan.in_perm)
+
+
+def _masked(plan: LayerPlan, weight: NDArray) -> NDArray:
+    keep = weight_mask(plan).reshape(*plan.shape, *[1] * (weight.ndim - 2))
+    return np.where(keep, weight, weight.dtype.type(0))
 
 
 def _same(a: LayerPlan, b: LayerPlan) -> bool:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from tetris_onnx.algorithms.permutation import is_identity
+from tetris_onnx.graph.layers import Layer
+from tetris_onnx.graph.tensors import Deferred, values_of
 
 
 def add_gather(
@@ -22,14 +26,30 @@ def add_gather(
     return output
 
 
-def set_constant(node: gs.Node, slot: int, values: NDArray, name: str) -> None:
+def set_constant(node: gs.Node, slot: int, values: NDArray | Deferred, name: str) -> None:
     """Give an input of one node new values. Other users of the old constant keep it."""
-    constant = gs.Constant(name, np.ascontiguousarray(values))
+    constant = gs.Constant(name, values if isinstance(values, Deferred) else np.ascontiguousarray(values))
     if slot < len(node.inputs):
         node.inputs[slot] = constant
     else:
         node.inputs.extend(gs.Variable.empty() for _ in range(slot - len(node.inputs)))
         node.inputs.append(constant)
+
+
+def change_weight(layer: Layer, change: Callable[[NDArray], NDArray], name: str) -> None:
+    """Let the weight [out, in, *kernel] of a dense layer be ``change`` of what it is, of the same shape and type.
+
+    Where it is in a file, it is computed when it is asked for.
+    """
+    constant, transposed = layer.node.inputs[1], layer.stored_transposed
+
+    def compute() -> NDArray:
+        weight = values_of(constant)
+        changed = change(weight.T if transposed else weight)
+        return np.ascontiguousarray(changed.T if transposed else changed)
+
+    deferred = isinstance(constant._values, Deferred)
+    set_constant(layer.node, 1, Deferred(constant.shape, constant.dtype, compute) if deferred else compute(), name)
 
 
 def replace_uses(old: gs.Tensor, new: gs.Tensor) -> None:
