@@ -398,7 +398,7 @@ import sys
 sys.argv = ["tetris-onnx", "inspect", {str(tmp_path / "model.onnx")!r}]
 main()
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=50)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
     assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "")
 
 

@@ -8,6 +8,8 @@ integers for an input of floats are an error, since they are most likely an imag
 
 from __future__ import annotations
 
+import contextlib
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,8 @@ LABEL_NAMES = ("label", "labels", "y")
 # models that need a certain height or allow a certain length.
 SIZES = (224, 32, 48, 64, 128, 640, 16, 8, 4, 1)
 _CHANNELS = 3  # for an open channel axis of an image
+# An .npz of more bytes than this, and of so many times what it takes, is not let in.
+_MOST_UNPACKED, _MOST_RATIO = 2**31, 100
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,6 +240,7 @@ def _read(path: Path, wanted: Sequence[str]) -> Iterator[tuple[Path, list[str], 
     else:
         raise CalibrationError(f"{path}: no such file")
     for file in files:
+        _refuse_bomb(file)
         try:
             content = np.load(file, allow_pickle=False)
             if isinstance(content, np.ndarray):
@@ -247,6 +252,14 @@ def _read(path: Path, wanted: Sequence[str]) -> Iterator[tuple[Path, list[str], 
         except Exception as error:  # np.load raises many types for broken or hostile files
             raise CalibrationError(f"{file}: not an .npz or .npy file of numbers ({error})") from None
         yield file, found, arrays
+
+
+def _refuse_bomb(file: Path) -> None:
+    """Raise `CalibrationError` for an .npz that unpacks to vastly more than it takes: zeros without end."""
+    with contextlib.suppress(OSError, zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+        if size > _MOST_UNPACKED and size > _MOST_RATIO * file.stat().st_size:
+            raise CalibrationError(f"{file}: {file.stat().st_size} bytes that unpack to {size}: no samples of numbers")
 
 
 def _select(file: Path, found: Sequence[str], arrays: Samples, inputs: Sequence[InputSpec]) -> Samples:

@@ -6,8 +6,11 @@ what it needs, so that ``--help`` answers at once.
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -29,8 +32,9 @@ from tetris_onnx.config import (
     load_config,
     parse_block_size,
 )
+from tetris_onnx.contain import contained
 from tetris_onnx.image_options import parse_image_options
-from tetris_onnx.terminal import open_console, percent_of, print_json, show_progress
+from tetris_onnx.terminal import describe_error, open_console, percent_of, print_json, show_progress
 from tetris_onnx.usage import UsageError, accuracy_data, check_outputs, read_data, refuse_together
 
 if TYPE_CHECKING:
@@ -61,34 +65,40 @@ app = typer.Typer(
 
 def main() -> None:
     """The ``tetris-onnx`` command."""
-    sys.exit(run(sys.argv[1:]))
+    args = sys.argv[1:]
+    # (CUDA reserves address space beyond any memory.)
+    sys.exit(contained(lambda: run(args), limit_memory="cuda" not in args))
 
 
 def run(args: Sequence[str]) -> int:
     """Run a command line and return its exit code; every error is one line on stderr."""
     debug = "--debug" in args
+    if debug:
+        faulthandler.enable()
     try:
         words = [word for word in args if word != "--debug"] or ["--help"]
-        code = app(args=words, prog_name="tetris-onnx", standalone_mode=False)
+        with warnings.catch_warnings():
+            if not debug:
+                warnings.simplefilter("ignore")  # numpy's, of values that are not finite: what matters is in the report
+            code = app(args=words, prog_name="tetris-onnx", standalone_mode=False)
+        sys.stdout.flush()
         return int(code or 0)
     except (KeyboardInterrupt, typer.Abort):
         return 130
+    except BrokenPipeError:  # whoever read our output has stopped
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError as error:
+        return _fail("there is not enough memory for this model", error, debug)
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {_describe(error)}", file=sys.stderr)
-        return getattr(error, "exit_code", 1)
+        return _fail(describe_error(error), error, debug)
 
 
-def _describe(error: Exception) -> str:
-    if hasattr(error, "format_message"):  # a usage error of typer, which has its own copy of click in later versions
-        return f"{' '.join(error.format_message().split())} (see tetris-onnx --help)"
-    text = " ".join(str(error).split())
-    if type(error).__module__.split(".")[0] == __package__:
-        return text
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return f"{type(error).__name__}: {text} (unexpected: run again with --debug to see where, and please report it)"
+def _fail(text: str, error: Exception, debug: bool) -> int:
+    if debug:
+        traceback.print_exception(error)
+    print(f"error: {text}", file=sys.stderr)
+    return int(getattr(error, "exit_code", 1))
 
 
 def _version(value: bool) -> None:

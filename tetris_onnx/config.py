@@ -41,6 +41,7 @@ PRECISIONS = ("float32", "bf16", "int8")
 # How much to prune where: the same sparsity everywhere, one budget of multiplications, or one of time.
 ALLOCATIONS = ("uniform", "global", "latency")
 MAX_BLOCK_SIZE = 1024
+_MOST_BYTES = 2**20  # of a config file
 
 _TOP_KEYS = (
     "sparsity",
@@ -178,16 +179,22 @@ def load_config(path: str | Path) -> Config:
     """Read a TOML file (keys: see the module's docstring). Raises `ConfigError` naming the file and the key."""
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():
+            raise ConfigError("not a file")
+        if path.is_file() and path.stat().st_size > _MOST_BYTES:
+            raise ConfigError(f"more than {_MOST_BYTES} bytes: not a config file")
         table = tomllib.loads(path.read_bytes().decode("utf-8"))
         return _parse(table)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: not a config file: nested too deeply") from None
+    except ValueError as error:  # of bytes that are no text, of text that is no TOML, of numbers too long
+        raise ConfigError(f"{path}: not a TOML file: {error}") from None
 
 
 def _parse(table: Mapping[str, Any]) -> Config:

@@ -66,7 +66,9 @@ def load_images(path: str | Path, inputs: Sequence[InputSpec], options: ImageOpt
     for file, label in zip(files, labels, strict=True):
         try:
             pixels = _decode(file, channels, size)
-        except (OSError, ValueError, SyntaxError) as error:  # what pillow raises for files that are damaged or no image
+        except CalibrationError:
+            raise
+        except Exception as error:  # pillow raises many types for files that are damaged, no image, or far too large
             broken.append(f"{file.name} ({' '.join(str(error).split())[:80]})")
             continue
         if options.bgr:

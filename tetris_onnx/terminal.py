@@ -54,3 +54,15 @@ def open_console() -> Console:
 def print_json(value: object) -> None:
     """Print a value of JSON types to stdout."""
     print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def describe_error(error: Exception) -> str:
+    """What to say of an error, in one line."""
+    if hasattr(error, "format_message"):  # a usage error of typer, which has its own copy of click in later versions
+        return f"{' '.join(error.format_message().split())} (see tetris-onnx --help)"
+    text = " ".join(str(error).split())
+    if type(error).__module__.split(".")[0] == __package__:
+        return text
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {text} (unexpected: run again with --debug to see where, and please report it)"

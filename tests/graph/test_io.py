@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import re
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,8 +17,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from models import Net, op_counts, random_feed, relative_error, run
-from tetris_onnx.graph import io
+from tetris_onnx.graph import io, tensors
 from tetris_onnx.graph.io import ModelError
+from tetris_onnx.graph.layers import find_layers
 
 
 def small(opset: int = 17) -> Net:
@@ -146,6 +152,98 @@ class TestSave:
         assert (tmp_path / "m.onnx").stat().st_size < 1000
         feed = random_feed(model)
         assert relative_error(run(model, feed), run(io.load(tmp_path / "m.onnx"), feed)) == 0
+
+
+class TestWeightsBeside:
+    """Models above 2 GB, made small: what is kept in files, and that a model and its weights belong together."""
+
+    @pytest.fixture(autouse=True)
+    def low_limits(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(io, "_MAX_PROTO_BYTES", 3000)
+        monkeypatch.setattr(io, "IN_MEMORY", 2000)
+        monkeypatch.setattr(tensors, "IN_MEMORY", 2000)
+
+    def test_a_model_is_the_same_through_files(self, tmp_path: Path) -> None:
+        model = dense()
+        io.save(model, tmp_path / "m.onnx")
+        loaded = io.load(tmp_path / "m.onnx")
+        assert [tensors.is_external(t) for t in loaded.graph.initializer] == [True, False, True, False]
+        assert loaded.ByteSize() < 2000 < io.size_of(loaded)
+        assert tensors.inlined(loaded) == model
+        feed = random_feed(model)
+        assert relative_error(run(model, feed), run(tensors.inlined(roundtrip(loaded)), feed)) == 0
+        # And once more to another folder, from the files.
+        (tmp_path / "other").mkdir()
+        io.save(loaded, tmp_path / "other" / "again.onnx")
+        assert sorted(p.name for p in (tmp_path / "other").iterdir()) == ["again.onnx", "again.onnx.data"]
+        assert tensors.inlined(io.load(tmp_path / "other" / "again.onnx")) == model
+
+    def test_weights_stay_in_files_through_the_graph(self, tmp_path: Path) -> None:
+        io.save(dense(), tmp_path / "m.onnx")
+        graph = io.to_graph(io.load(tmp_path / "m.onnx"))
+        layer = find_layers(graph)[0]
+        first = layer.weight
+        assert first is not layer.weight, "read each time, not kept"
+        np.testing.assert_array_equal(first, layer.weight)
+        weights = io.open_weights()
+        proto = io.to_proto(graph, io.load(tmp_path / "m.onnx"), weights)
+        assert proto.ByteSize() < 2000
+        assert tensors.inlined(proto).graph.initializer[0].raw_data == first.tobytes()
+        folder = Path(weights.path).parent
+        assert folder.is_dir()
+        del weights
+        assert not folder.exists()
+
+    def test_new_weights_get_a_free_name_and_the_old_ones_go(self, tmp_path: Path) -> None:
+        path, other = tmp_path / "m.onnx", tmp_path / "m.onnx.data"
+        other.write_bytes(b"not ours")
+        for seed in range(2):
+            io.save(dense(seed), path)
+            (weights,) = {p for p in tmp_path.iterdir()} - {path, other}
+            assert re.fullmatch(r"m\.onnx\.[0-9a-f]{8}\.data", weights.name)
+            assert tensors.inlined(io.load(path)) == dense(seed)
+        assert other.read_bytes() == b"not ours"
+        io.save(small().build(), path)  # small enough for one file
+        assert {p.name for p in tmp_path.iterdir()} == {"m.onnx", "m.onnx.data"}
+
+    @pytest.mark.parametrize("call", ["link", "fsync", "replace", "unlink"])
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_a_failure_leaves_the_old_pair(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int
+    ) -> None:
+        path = tmp_path / "m.onnx"
+        io.save(dense(0), path)
+        calls = 0
+
+        def failing(*args: Any, **names: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == number:
+                raise OSError(28, "No space left on device")
+            original(*args, **names)
+
+        original = getattr(os, call)
+        monkeypatch.setattr(os, call, failing)
+        with contextlib.suppress(ModelError):
+            io.save(dense(1), path)
+        monkeypatch.setattr(os, call, original)
+        found = tensors.inlined(io.load(path))
+        assert found in (dense(0), dense(1))
+
+    def test_two_runs_to_one_output(self, tmp_path: Path) -> None:
+        models = [dense(i) for i in range(4)]
+        with ThreadPoolExecutor(4) as pool:
+            for _ in range(5):
+                list(pool.map(lambda model: io.save(model, tmp_path / "m.onnx"), models))
+                assert tensors.inlined(io.load(tmp_path / "m.onnx")) in models
+
+
+def dense(seed: int = 0) -> onnx.ModelProto:
+    """Two products with a bias, 6 kB of weights."""
+    net = Net(seed=seed)
+    x = net.gemm(net.input("x", ["N", 16]), (16, 32))
+    net.output(net.op("Relu", net.gemm(x, (32, 32)), out="y"))
+    return net.build()
 
 
 class TestToProto:

@@ -6,7 +6,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from tetris_onnx.graph.shapes import run_node
+from tetris_onnx.graph.shapes import MAX_FOLDED, run_node
 from tetris_onnx.graph.tensors import values_of
 
 # Operators that exporters put between a stored weight and the layer. DequantizeLinear is not among them: a quantized
@@ -50,4 +50,6 @@ def _compute(graph: gs.Graph, tensor: gs.Tensor, known: dict[int, NDArray | None
             if value is None:
                 return None
             inputs[operand.name] = value
-    return run_node(OnnxExporter.export_node(node), inputs, graph.import_domains)
+    # What is known already counts too: a small file can hold many nodes that each make a large constant.
+    left = MAX_FOLDED - sum(value.size for value in known.values() if value is not None)
+    return run_node(OnnxExporter.export_node(node), inputs, graph.import_domains, left)

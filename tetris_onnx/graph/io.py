@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import tempfile
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -29,6 +30,7 @@ from tetris_onnx.graph.tensors import (
     Deferred,
     TensorFile,
     check_tensors,
+    check_types,
     defer_external,
     gathered,
     in_files,
@@ -49,37 +51,65 @@ MIN_OPSET = 13
 _MIN_OPSET_HALF = 15
 # protobuf refuses larger messages: such a model keeps its weights in a file beside it.
 _MAX_PROTO_BYTES = 2**31 - 2**20
-# The names that the file of weights of PATH takes: PATH.data, or the first of PATH.1.data, ... that is free.
-_DATA_NAMES = 1000
 
 
 @contextlib.contextmanager
 def write_atomically(path: Path) -> Iterator[IO[bytes]]:
     """Yield a binary file that becomes ``path`` when the block ends without an exception, and vanishes otherwise."""
-    with _temporary(path) as (file, temporary):
+    with _new_file(path) as (file, link):
         yield file
-        file.close()
-        temporary.replace(path)
+        _finish(file)
+        temporary = Path(path).with_name(f".{Path(path).name[:100]}.{secrets.token_hex(4)}.tmp")
+        try:
+            link(temporary)
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[tuple[IO[bytes], Path]]:
-    """A file beside ``path`` to write to and its name, gone in the end. Whatever fails is a `ModelError`."""
+def _new_file(path: Path) -> Iterator[tuple[IO[bytes], Callable[[Path], None]]]:
+    """A file to write to in the folder of ``path``, and the function that gives it a name, which no file may have yet.
+
+    Without a name it vanishes, on Linux even where the process is killed. Whatever fails is a `ModelError`.
+    """
     path = Path(path)
-    temporary = None
+    named: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
-        temporary = Path(name)
+        try:
+            handle = os.open(path.parent, os.O_TMPFILE | os.O_WRONLY, 0o666)
+        except (AttributeError, OSError):  # no Linux, or a file system that has no files without a name
+            named = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.new")
+            handle = os.open(named, os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_BINARY", 0), 0o666)
+
+        def link(name: Path) -> None:
+            if named is None:
+                # (linkat, which follows the link, is used where a folder's descriptor is given: it is not needed.)
+                os.link(f"/proc/self/fd/{handle}", name, src_dir_fd=handle)
+                return
+            try:
+                os.link(named, name)
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without links
+                name.touch(exist_ok=False)
+                named.replace(name)
+
         with os.fdopen(handle, "wb") as file:
-            umask = os.umask(0)
-            os.umask(umask)
-            temporary.chmod(0o666 & ~umask)  # mkstemp makes private files; a model is an ordinary one
-            yield file, temporary
+            yield file, link
     except OSError as error:
         raise ModelError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        if named is not None:
+            _remove({named})
+
+
+def _finish(file: IO[bytes]) -> None:
+    """Let everything be on the disk: a full one may say so only now."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def load(path: str | Path) -> onnx.ModelProto:
@@ -102,6 +132,7 @@ def load(path: str | Path) -> onnx.ModelProto:
         raise ModelError(f"{path}: not an ONNX model")
     try:
         check_tensors(model)
+        check_types(model)
         place_external(model, path.parent)
     except ModelError as error:
         raise ModelError(f"{path}: {error}") from None
@@ -116,8 +147,8 @@ def load(path: str | Path) -> onnx.ModelProto:
 def save(model: onnx.ModelProto, path: str | Path) -> None:
     """Write a model, whole or not at all. Above 2 GB its weights go to a file beside it, ``PATH.data``.
 
-    There are never a model and weights that do not belong together: new weights get a name that is free
-    (``PATH.1.data`` where ``PATH.data`` is there), then the model replaces the old one, then the old one's weights go.
+    There are never a model and weights that do not belong together: where there is a model already, new weights get
+    another name (``PATH.0a1b2c3d.data``), then the new model replaces the old one, then the old one's weights go.
     Raises `ModelError`.
     """
     path = Path(path)
@@ -132,11 +163,10 @@ def save(model: onnx.ModelProto, path: str | Path) -> None:
                 write_whole(model, file)
         _remove(before)
         return
-    with _temporary(path) as (data, temporary):
-        weights = TensorFile(data, "")
-        light = split(model, weights)
-        data.close()
-        final = _claim(temporary, path)
+    with _new_file(path) as (data, link):
+        light = split(model, TensorFile(data, ""))
+        _finish(data)
+        final = _claim(link, path)
         for tensor in light.graph.initializer:
             if is_external(tensor):
                 tensor.external_data[0].value = final.name
@@ -147,7 +177,8 @@ def save(model: onnx.ModelProto, path: str | Path) -> None:
             with write_atomically(path) as file:
                 file.write(light.SerializeToString())
         except BaseException:
-            final.unlink(missing_ok=True)
+            if final not in _own_data(path):  # an interruption may come when the model is there already
+                _remove({final})
             raise
     _remove(before - {final})
 
@@ -182,22 +213,19 @@ def size_of(model: onnx.ModelProto) -> int:
     return weights + int(without_initializers(model).ByteSize())  # protobuf would make a copy to tell
 
 
-def _claim(temporary: Path, path: Path) -> Path:
-    """Give the file ``temporary`` a name of `_DATA_NAMES` that no other file has, and no other run gets."""
-    for number in range(_DATA_NAMES):
-        final = path.with_name(f"{path.name}.{number}.data" if number else f"{path.name}.data")
-        try:
-            os.link(temporary, final)  # fails where there is a file, unlike a renaming
-        except FileExistsError:
-            continue
-        except OSError:  # a file system without links
-            try:
-                final.touch(exist_ok=False)
-            except FileExistsError:
-                continue
-            temporary.replace(final)
-        return final
-    raise ModelError(f"cannot write {path}: all names from {path.name}.data on are taken; remove old files")
+def _claim(link: Callable[[Path], None], path: Path) -> Path:
+    """Give a new file of weights a name that no other file has.
+
+    Nor had: where there is a model, another run may be about to remove its weights, by their name.
+    """
+    if not path.exists():
+        with contextlib.suppress(FileExistsError):
+            final = path.with_name(f"{path.name}.data")
+            link(final)
+            return final
+    final = path.with_name(f"{path.name}.{secrets.token_hex(4)}.data")
+    link(final)
+    return final
 
 
 def _own_data(path: Path) -> set[Path]:
@@ -209,7 +237,7 @@ def _own_data(path: Path) -> set[Path]:
     except Exception:  # it is no model
         return set()
     names = {tensor.external_data[0].value for tensor in model.graph.initializer if is_external(tensor)}
-    pattern = re.compile(re.escape(path.name) + r"(\.\d+)?\.data")
+    pattern = re.compile(re.escape(path.name) + r"(\.[0-9a-f]{8})?\.data")
     return {path.with_name(name) for name in names if pattern.fullmatch(name)}
 
 

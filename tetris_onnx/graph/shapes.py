@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -30,6 +31,8 @@ _ODD_PROBE = (5, 61)
 EXAMPLE_SIZES = (224, 48, 32)
 # Shape arithmetic works on vectors of a few numbers: larger values are weights and are not worth computing.
 _MAX_VALUES = 1024
+# The most that a constant may be computed to have: a file of a few bytes can ask for any size.
+MAX_FOLDED = 2**28
 # Operators that exporters build shapes with.
 _SHAPE_OPS = frozenset(
     """
@@ -38,6 +41,7 @@ _SHAPE_OPS = frozenset(
     Sqrt Squeeze Sub Transpose Unsqueeze Where
     """.split()
 )
+_BROADCAST = frozenset("Add And Div Equal Greater Less Max Min Mod Mul Or PRelu Pow Sub Sum Where Xor".split())
 
 
 def infer_shapes(model: onnx.ModelProto) -> dict[str, tuple[np.dtype, Shape]]:
@@ -191,15 +195,23 @@ def _evaluate(
         declared = shapes.get(node.output[0])
         if declared is not None and math.prod(d or 1 for d in declared[1]) > _MAX_VALUES:
             continue
-        result = run_node(node, {name: values[name] for name in inputs}, model.opset_import)
+        result = run_node(node, {name: values[name] for name in inputs}, model.opset_import, _MAX_VALUES)
         if result is not None and result.size <= _MAX_VALUES:
             values[node.output[0]] = result
 
 
 def run_node(
-    node: onnx.NodeProto, inputs: dict[str, NDArray], opset_imports: Sequence[onnx.OperatorSetIdProto]
+    node: onnx.NodeProto,
+    inputs: dict[str, NDArray],
+    opset_imports: Sequence[onnx.OperatorSetIdProto],
+    most: int = MAX_FOLDED,
 ) -> NDArray | None:
-    """First output of one node on numpy arrays, or None where ONNX's reference evaluator cannot run it."""
+    """First output of one node on numpy arrays, or None where ONNX's reference evaluator cannot run it.
+
+    None, too, where it would have more than ``most`` values, and more than its largest input has.
+    """
+    if _result_size(node, inputs) > max(most, *(array.size for array in inputs.values()), 0):
+        return None
     graph = onnx.helper.make_graph(
         [node],
         "node",
@@ -214,6 +226,38 @@ def run_node(
         return np.asarray(ReferenceEvaluator(model).run([node.output[0]], inputs)[0])
     except Exception:
         return None
+
+
+def _result_size(node: onnx.NodeProto, inputs: dict[str, NDArray]) -> float:
+    """How many values the result has, for operators that can make more of them; inf where the inputs make no sense."""
+    given: list[Any] = [inputs.get(name) for name in node.input]
+    sizes = [array.size for array in given if array is not None]
+    shape = given[0].shape if given and given[0] is not None else ()
+    try:
+        if node.op_type == "ConstantOfShape":
+            return math.prod(max(int(n), 0) for n in given[0])
+        if node.op_type == "Range":
+            start, stop, step = (float(array) for array in given)
+            return abs((stop - start) / step)
+        if node.op_type == "Tile":
+            return sizes[0] * math.prod(max(int(n), 0) for n in given[1])
+        if node.op_type == "Expand":
+            return math.prod(np.broadcast_shapes(shape, tuple(int(n) for n in given[1])))
+        if node.op_type == "Gather":
+            axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+            return sizes[0] / max(shape[axis], 1) * sizes[1]
+        if node.op_type == "Pad":
+            pads = given[1].reshape(2, -1)
+            axes = given[3] if len(given) > 3 and given[3] is not None else range(len(shape))
+            grown = {int(axis) % len(shape): int(pad) for axis, pad in zip(axes, pads.sum(axis=0), strict=True)}
+            return math.prod(size + max(grown.get(axis, 0), 0) for axis, size in enumerate(shape))
+        if node.op_type == "Concat":
+            return sum(sizes)
+        if node.op_type in _BROADCAST:
+            return math.prod(np.broadcast_shapes(*(array.shape for array in given if array is not None)))
+    except (ArithmeticError, AttributeError, IndexError, TypeError, ValueError):
+        return math.inf
+    return max(sizes, default=1)
 
 
 def _count(tensor: onnx.TensorProto) -> float:

@@ -88,9 +88,7 @@ def all_tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
 
 def stored_bytes(tensor: TensorProto) -> int:
     """How many bytes the values of a tensor take. Raises `ModelError` for a type or sizes that cannot be."""
-    known = tensor.data_type in TensorProto.DataType.values() and tensor.data_type != TensorProto.UNDEFINED
-    if not known:
-        raise ModelError(f"tensor {tensor.name!r} has the element type {tensor.data_type}, which ONNX does not have")
+    _check_type(tensor.data_type, f"tensor {tensor.name!r}")
     count = 1
     for size in tensor.dims:
         if size < 0 or size > _MOST_ELEMENTS or (count := count * size) > _MOST_ELEMENTS:
@@ -115,6 +113,8 @@ def check_tensors(model: onnx.ModelProto) -> None:
     """Raise `ModelError` for a tensor that does not hold as many values as its sizes say."""
     for tensor in all_tensors(model):
         size = stored_bytes(tensor)
+        if tensor.HasField("segment"):
+            raise ModelError(f"tensor {tensor.name!r} is a part of another one, which onnx does not support")
         if is_external(tensor):
             continue
         if tensor.HasField("raw_data"):
@@ -139,6 +139,23 @@ def check_tensors(model: onnx.ModelProto) -> None:
                 raise ModelError(
                     f"sparse tensor {sparse.values.name!r} has the sizes {_listing(sparse.dims)}: too many"
                 )
+
+
+def check_types(model: onnx.ModelProto) -> None:
+    """Raise `ModelError` for a value declared to hold elements of a type that ONNX does not have."""
+    for graph in _graphs(model.graph):
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            kind = value.type
+            while kind.HasField("sequence_type") or kind.HasField("optional_type"):
+                kind = kind.sequence_type.elem_type if kind.HasField("sequence_type") else kind.optional_type.elem_type
+            for field in ("tensor_type", "sparse_tensor_type"):
+                if kind.HasField(field) and getattr(kind, field).elem_type != TensorProto.UNDEFINED:
+                    _check_type(getattr(kind, field).elem_type, f"value {value.name!r}")
+
+
+def _check_type(kind: int, what: str) -> None:
+    if kind not in TensorProto.DataType.values() or kind == TensorProto.UNDEFINED:
+        raise ModelError(f"{what} has the element type {kind}, which this version of onnx does not know")
 
 
 def place_external(model: onnx.ModelProto, folder: Path) -> None:
@@ -223,7 +240,9 @@ def split(model: onnx.ModelProto, file: TensorFile) -> onnx.ModelProto:
         if stored_bytes(tensor) < WORTH_A_FILE or tensor.data_type == TensorProto.STRING:
             moved.CopyFrom(tensor)
             continue
-        moved.name, moved.data_type, moved.doc_string = tensor.name, tensor.data_type, tensor.doc_string
+        for field, value in tensor.ListFields():
+            if field.name in ("name", "data_type", "doc_string"):
+                setattr(moved, field.name, value)
         moved.dims.extend(tensor.dims)
         if is_external(tensor):
             file.add(moved, _read_bytes(tensor))
