@@ -66,6 +66,8 @@ app = typer.Typer(
 def main() -> None:
     """The ``tetris-onnx`` command."""
     args = sys.argv[1:]
+    if "--debug" in args:
+        faulthandler.enable()
     # (CUDA reserves address space beyond any memory.)
     sys.exit(contained(lambda: run(args), limit_memory="cuda" not in args))
 
@@ -73,8 +75,6 @@ def main() -> None:
 def run(args: Sequence[str]) -> int:
     """Run a command line and return its exit code; every error is one line on stderr."""
     debug = "--debug" in args
-    if debug:
-        faulthandler.enable()
     try:
         words = [word for word in args if word != "--debug"] or ["--help"]
         with warnings.catch_warnings():

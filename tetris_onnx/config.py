@@ -179,8 +179,8 @@ def load_config(path: str | Path) -> Config:
     """Read a TOML file (keys: see the module's docstring). Raises `ConfigError` naming the file and the key."""
     path = Path(path)
     try:
-        if path.exists() and not path.is_file():
-            raise ConfigError("not a file")
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ConfigError("not a regular file")
         if path.is_file() and path.stat().st_size > _MOST_BYTES:
             raise ConfigError(f"more than {_MOST_BYTES} bytes: not a config file")
         table = tomllib.loads(path.read_bytes().decode("utf-8"))
