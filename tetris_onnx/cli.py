@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tetris_onnx.cli_options import Bgr, BlockSize, ImageSize, Json, Layout, Mean, Model, Provider, Scale, Shape, Std
+from tetris_onnx.cli_sweep import sweep
 from tetris_onnx.config import (
     ALLOCATIONS,
     GATHERS,
@@ -61,6 +62,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command()(sweep)
 
 
 def main() -> None:

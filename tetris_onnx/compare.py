@@ -67,6 +67,12 @@ class Comparison:
     accuracy_b: float | None
 
     @property
+    def mean_relative(self) -> float:
+        """The mean difference relative to max|y|, of the output whose largest one is the largest."""
+        worst = max(self.outputs, key=lambda output: output.relative)
+        return worst.mean_abs * worst.relative / worst.max_abs if worst.max_abs else 0.0
+
+    @property
     def relative(self) -> float:
         """The largest relative difference of all outputs."""
         return max((output.relative for output in self.outputs), default=0.0)

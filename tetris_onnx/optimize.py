@@ -116,6 +116,7 @@ def optimize(
     max_drop: float | None = None,
     labeled: Data | None = None,
     weight_pictures: bool = False,
+    machine: Machine | None = None,
 ) -> Result:
     """Reorder, prune and lower the layers of ``model``, and verify the result in onnxruntime.
 
@@ -131,6 +132,8 @@ def optimize(
     noise) dense again, and report what was measured; the first time, also fit the cost model to the machine.
 
     ``weight_pictures``: also make pictures of every layer's weight, for a report's page.
+
+    ``machine``: what times are predicted for, in the place of this one.
 
     The result is compared with the dense model that has the same weights and zero blocks, on random inputs and on some
     of the samples.
@@ -152,7 +155,7 @@ def optimize(
         graph = io.to_graph(source)
         weight_file = io.open_weights() if io.is_large(source) else None
         before = {node.name for node in graph.nodes if gather_permutation(node) is not None}
-    machine = _fitted_machine(clock) if measure else load_machine()
+    machine = machine or (_fitted_machine(clock) if measure else load_machine())
     with clock.stage("plan"):
         prepared = prepare(graph)
         # Without samples, all that is asked of it is its inputs.
@@ -458,8 +461,7 @@ def _rounding(model: onnx.ModelProto, exact: onnx.ModelProto, data: Samples | No
     pair, data = _comparable(exact, model, data)
     found = compare(*pair, data, samples=_RANDOM_SAMPLES, apart=any(io.is_large(each) for each in pair))
     worst = max(found.outputs, key=lambda output: output.relative)
-    mean = worst.mean_abs * worst.relative / worst.max_abs if worst.max_abs else 0.0
-    return worst.relative, mean, worst.name
+    return worst.relative, found.mean_relative, worst.name
 
 
 def _comparable(

@@ -1,0 +1,104 @@
+"""The command ``tetris-onnx sweep``: parse, call, print."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tetris_onnx.cli_options import Bgr, ImageSize, Json, Layout, Mean, Model, Scale, Std
+from tetris_onnx.config import ALLOCATIONS, IMPORTANCES, PRECISIONS, REORDERS, Config, load_config
+from tetris_onnx.image_options import parse_image_options
+from tetris_onnx.terminal import open_console, print_json, show_progress
+from tetris_onnx.usage import read_data
+
+
+def sweep(
+    model: Model,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--output", metavar="FOLDER", help="For models and tables; goes on where it was.", show_default=False
+        ),
+    ],
+    sparsity: Annotated[str, typer.Option(metavar="FIRST:LAST:STEP", help="Or a list: 0.5,0.7.")] = "0.3:0.9:0.1",
+    block_size: Annotated[str, typer.Option(metavar="N,...", help="Out x in channels of a block: 16,32x64.")] = "32",
+    config: Annotated[Path | None, typer.Option(help="TOML file with all other options.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help=".npz or folder of images, unlabeled: layers are refitted to what they see.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help=".npz or folder of images to compare on; with labels, by accuracy.")
+    ] = None,
+    mean: Mean = None,
+    std: Std = None,
+    scale: Scale = "1/255",
+    layout: Layout = None,
+    image_size: ImageSize = None,
+    bgr: Bgr = False,
+    allocation: Annotated[
+        str | None, typer.Option(metavar="|".join(ALLOCATIONS[:2]), help="See optimize.", show_default="uniform")
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(metavar="|".join(PRECISIONS), help="Of pruned layers.", show_default="float32")
+    ] = None,
+    reorder: Annotated[
+        str | None, typer.Option(metavar="|".join(REORDERS), help="See optimize.", show_default="exact")
+    ] = None,
+    importance: Annotated[
+        str | None, typer.Option(metavar="|".join(IMPORTANCES), help="See optimize.", show_default="auto")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the searches.", show_default="0")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Searches at a time.", show_default="one per core")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(metavar="tcp://HOST:PORT", help="Dask scheduler whose workers do the searches.")
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="That the times are measured with.")] = 1,
+    seconds: Annotated[float, typer.Option(min=0.001, help="To time each setting.")] = 3.0,
+    json: Json = False,
+) -> None:
+    """Optimize MODEL with many settings and find those that no other beats in accuracy and time."""
+    images = parse_image_options(mean, std, scale, layout, image_size, bgr)
+    values = {
+        "allocation": allocation,
+        "precision": precision,
+        "reorder": reorder,
+        "importance": importance,
+        "seed": seed,
+    }
+    base = Config() if config is None else load_config(config)
+    chosen = replace(base, **{name: value for name, value in values.items() if value is not None})  # type: ignore[arg-type]
+
+    from tetris_onnx.sweep import grid, parse_block_sizes, parse_sparsities
+    from tetris_onnx.sweep import sweep as run_sweep
+    from tetris_onnx.sweep_report import NO_MATPLOTLIB, has_matplotlib, print_sweep, write_csv, write_plot
+
+    settings = grid(parse_sparsities(sparsity), parse_block_sizes(block_size))
+    with_plot = has_matplotlib()
+    if not with_plot:
+        print(f"note: {NO_MATPLOTLIB}", file=sys.stderr)
+    samples, labeled = read_data(model, calibration, images), read_data(model, data, images)
+    with show_progress() as progress:
+        result = run_sweep(
+            model,
+            settings,
+            output,
+            chosen,
+            calibration=samples,
+            data=labeled,
+            jobs=jobs,
+            scheduler=scheduler,
+            threads=threads,
+            seconds=seconds,
+            progress=progress,
+        )
+    write_csv(result, output / "sweep.csv")
+    if with_plot:
+        write_plot(result, output / "sweep.png")
+    if json:
+        print_json(result.to_dict())
+    else:
+        print_sweep(result, open_console())
