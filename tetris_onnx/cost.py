@@ -49,6 +49,7 @@ class LayerShape:
     output_size: tuple[int, ...] = ()
     samples: int = 1  # images of a batch, or rows of a matrix product
     cold: bool = False  # a run of the network finds the weights in memory, not in a cache (see `CACHED_WEIGHTS`)
+    groups: int = 1  # of the dense layer; to the block-sparse one they are zeros
 
     @property
     def taps(self) -> int:
@@ -73,7 +74,7 @@ class LayerShape:
 
     @property
     def multiplications(self) -> int:
-        """Of the dense layer."""
+        """Of the dense layer, had it one group."""
         return self.samples * self.outputs * self.inputs * self.taps * math.prod(self.output_size)
 
 
@@ -195,8 +196,8 @@ def dense_work(shape: LayerShape, lanes: int = 16) -> NDArray[np.float64]:
     work = dict.fromkeys(DENSE_WORK, 0.0)
     work["call"] = 1.0
     outputs = shape.outputs if shape.kind == "product" else _fill(shape.outputs, min(lanes, _LAYOUT_CHANNELS))
-    work[shape.kind] = shape.multiplications / shape.outputs * outputs
-    work["cold" if shape.cold else "weights"] = shape.outputs * shape.inputs * shape.taps
+    work[shape.kind] = shape.multiplications / shape.outputs * outputs / shape.groups
+    work["cold" if shape.cold else "weights"] = shape.outputs * shape.inputs * shape.taps / shape.groups
     work["input"] = shape.samples * shape.inputs * math.prod(shape.input_size)
     work["output"] = shape.samples * shape.outputs * math.prod(shape.output_size)
     return np.array([work[name] for name in DENSE_WORK])

@@ -24,6 +24,7 @@ from tetris_onnx.graph.channels import gather_permutation
 from tetris_onnx.graph.io import ModelError
 from tetris_onnx.graph.layers import CONV_ADD, CONV_MAX_POOL, DOMAIN
 from tetris_onnx.graph.outputs import before_squashing
+from tetris_onnx.graph.quantized import is_quantized, without_rounding
 from tetris_onnx.graph.tensors import TensorFile, inlined
 from tetris_onnx.graph.widen import rounding, widen
 from tetris_onnx.heatmaps import weight_maps
@@ -40,9 +41,11 @@ from tetris_onnx.passes import (
     fuse_add_and_pool,
     fuse_batchnorm,
     fuse_epilogue,
+    join_quantized,
     lower_block_sparse,
     lower_first_layer,
     normalize_layers,
+    open_layers,
     prune_blocks,
     reorder_weights,
     run_passes,
@@ -157,7 +160,7 @@ def optimize(
         before = {node.name for node in graph.nodes if gather_permutation(node) is not None}
     machine = machine or (_fitted_machine(clock) if measure else load_machine())
     with clock.stage("plan"):
-        prepared = prepare(graph)
+        prepared = prepare(graph, config.precision == "int8")
         # Without samples, all that is asked of it is its inputs.
         proto = source if calibration is None else io.to_proto(prepared, source, weight_file)
         inputs = model_inputs(proto)
@@ -324,6 +327,7 @@ def pipeline(
     """
     steps: list[tuple[str, Callable[[gs.Graph], None]]] = [
         ("normalize_layers", normalize_layers),
+        ("open_layers", _open_planned(plan)),
         ("fuse_batchnorm", fuse_batchnorm),
     ]
     if weights:
@@ -338,7 +342,7 @@ def pipeline(
         steps.append(("absorb_gathers", absorb_gathers))
     if target == "cpu":
         steps.append(("lower_first_layer", lower_first_layer))
-    steps.append(("fuse_epilogue", fuse_epilogue))
+    steps += [("join_quantized", join_quantized), ("fuse_epilogue", fuse_epilogue)]
     steps.append(("fuse_add_and_pool", partial(fuse_add_and_pool, pools=target == "cpu")))
     if target == "cuda":
         steps.append(("channels_last", channels_last))
@@ -357,11 +361,15 @@ def masked_dense(
     Refitted ``weights`` are those of a model whose BatchNormalization is fused; without them it stays as it is. Its
     large constants go to ``weight_file``, if there is one.
     """
-    steps = [Pass("normalize_layers", normalize_layers)]
+    steps = [Pass("normalize_layers", normalize_layers), Pass("open_layers", _open_planned(plan))]
     if weights:
         steps += [Pass("fuse_batchnorm", fuse_batchnorm), Pass("set_weights", partial(set_weights, weights=weights))]
     steps.append(Pass("prune_blocks", partial(prune_blocks, plan=plan)))
     return io.to_proto(run_passes(io.to_graph(model), steps), model, weight_file)
+
+
+def _open_planned(plan: Plan) -> Callable[[gs.Graph], None]:
+    return partial(open_layers, names={decision.layer for decision in plan}, quantized=True)
 
 
 def _first(samples: Samples, inputs: Sequence[InputSpec]) -> Samples:
@@ -467,9 +475,14 @@ def _rounding(model: onnx.ModelProto, exact: onnx.ModelProto, data: Samples | No
 def _comparable(
     reference: onnx.ModelProto, model: onnx.ModelProto, data: Samples | None
 ) -> tuple[tuple[onnx.ModelProto, onnx.ModelProto], Samples | None]:
-    """Both models and the samples in float32, with the values before a squashing function as further outputs."""
+    """Both models and the samples in float32, with the values before a squashing function as further outputs.
+
+    Quantized values are not rounded (see graph.quantized).
+    """
     shown = _before_squashing(reference, model)
     pair = _with_outputs(reference, shown), _with_outputs(model, shown)
+    if is_quantized(reference):
+        pair = without_rounding(pair[0]), without_rounding(pair[1])
     if not rounding(model):
         return pair, data
     halves = ("float16", "bfloat16")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -28,7 +29,7 @@ from tetris_onnx.graph import io
 from tetris_onnx.graph.layers import Layer, conv_window, find_layers, nested_layers
 from tetris_onnx.graph.shapes import EXAMPLE_SIZES, example_shapes
 from tetris_onnx.machine import load_machine
-from tetris_onnx.passes import Pass, fuse_batchnorm, normalize_layers, run_passes
+from tetris_onnx.passes import Pass, fuse_batchnorm, normalize_layers, open_layers, run_passes
 from tetris_onnx.plan import LayerPlan, Plan, PlanError
 from tetris_onnx.report import LayerReport
 
@@ -77,12 +78,22 @@ def inspect(
     Raises `ModelError` for a file that is no model.
     """
     proto = io.raise_opset(io.load(model) if isinstance(model, (str, Path)) else model)
-    return [describe(c, None, None) for c in survey(prepare(io.to_graph(proto)), config or Config(), machine)]
+    config = config or Config()
+    graph = prepare(io.to_graph(proto), config.precision == "int8")
+    return [describe(c, None, None) for c in survey(graph, config, machine)]
 
 
-def prepare(graph: gs.Graph) -> gs.Graph:
-    """The graph in the form that is planned on: layers normalized, BatchNormalization fused."""
-    return run_passes(graph, [Pass("normalize_layers", normalize_layers), Pass("fuse_batchnorm", fuse_batchnorm)])
+def prepare(graph: gs.Graph, quantized: bool = False) -> gs.Graph:
+    """The graph in the form that is planned on: layers normalized and opened, BatchNormalization fused.
+
+    ``quantized``: with the float weights of quantized layers, so that these can be pruned.
+    """
+    steps = [
+        Pass("normalize_layers", normalize_layers),
+        Pass("open_layers", partial(open_layers, quantized=quantized)),
+        Pass("fuse_batchnorm", fuse_batchnorm),
+    ]
+    return run_passes(graph, steps)
 
 
 def survey(graph: gs.Graph, config: Config, machine: Machine | None = None) -> list[Candidate]:
@@ -192,7 +203,12 @@ def _judge(
     block = options.block_size
     if not reason:
         shape = layer.weight_shape[:2]
-        rows, columns = fit_block_size(shape, options.block_size)
+        groups = layer.groups
+        if groups > 1 and options.sparsity > 0:  # it is that of what is inside the groups
+            kept = (1 - options.sparsity) / groups
+            options = replace(options, sparsity=1 - kept, own_sparsity=True)
+        size = [min(b, n // groups) for b, n in zip(options.block_size, shape, strict=True)]
+        rows, columns = fit_block_size(shape, options.block_size if groups == 1 else size)
         block = rows, columns
         grid = block_grid(shape, block)
         uniform = config.allocation == "uniform" or options.own_sparsity
@@ -267,7 +283,8 @@ def _layer_shape(
     window = conv_window(layer.node)
     assert window is not None  # such a layer stays dense
     kernel, strides, dilations = (tuple(window[name]) for name in ("kernel_shape", "strides", "dilations"))
-    return LayerShape(out, in_, kernel, strides, dilations, tuple(sizes[0][1:]), tuple(sizes[1][1:]), samples, cold)
+    maps = tuple(sizes[0][1:]), tuple(sizes[1][1:])
+    return LayerShape(out, in_, kernel, strides, dilations, *maps, samples, cold, layer.groups)
 
 
 def _has_weight(layer: Layer) -> bool:
@@ -330,6 +347,9 @@ def describe(candidate: Candidate, plan: LayerPlan | None, shares: tuple[float, 
     layer = candidate.layer
     known = _has_weight(layer) and not layer.block_sparse
     shape = layer.weight_shape if known else ()
+    groups = layer.groups if known else 1
+    if groups > 1:
+        shape = (shape[0], shape[1] // groups, *shape[2:])
     parameters = int(np.prod(shape, dtype=np.int64)) if known else 0
     density = 1.0 if plan is None else plan.density
     prunable = plan is None and not candidate.why_dense
@@ -346,12 +366,12 @@ def describe(candidate: Candidate, plan: LayerPlan | None, shares: tuple[float, 
         op_type=str(layer.node.op),
         weight_shape=shape,
         block_size=candidate.block_size if prunable else None if plan is None else plan.block_size,
-        density=density,
+        density=min(density * groups, 1.0),
         retained=None if shares is None else shares[0],
         baseline=None if shares is None else shares[1],
         parameters=parameters,
-        kept_parameters=round(parameters * density),
-        macs=layer.multiplications if known else None,
+        kept_parameters=round(parameters * min(density * groups, 1.0)),
+        macs=layer.multiplications // groups if known and layer.multiplications is not None else None,
         status="prunable" if prunable else "dense" if plan is None else "block-sparse",
         reason=candidate.why_dense,
         predicted_ms=predicted,

@@ -146,7 +146,7 @@ def _prune(
 ) -> Recovery:
     """One pass over the network. ``worth``: see `output_worth`; in other layers all outputs are worth the same."""
     chosen = [c for c in candidates if (not c.why_dense if plan is None else plan.get(c.layer.name) is not None)]
-    dense = [c for c in candidates if c not in chosen and not c.layer.why_dense and not c.options.skip]
+    dense = [c for c in candidates if c not in chosen and not (c.layer.why_dense or c.layer.opened or c.options.skip)]
     names = [c.layer.name for c in chosen]
     plans: list[LayerPlan] = []
     weights: dict[str, NewWeights] = {}

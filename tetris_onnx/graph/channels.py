@@ -38,6 +38,7 @@ BROADCAST = frozenset(
     Xor
     """.split()
 )
+_QUANTIZATION = frozenset(("QuantizeLinear", "DequantizeLinear"))
 # Each channel of axis 1 on its own, over the axes behind it.
 _POOLING = frozenset(["AveragePool", "GlobalAveragePool", "GlobalLpPool", "GlobalMaxPool", "LpPool", "MaxPool"])
 # As pooling, with vectors of one value per channel in these inputs.
@@ -197,6 +198,8 @@ def _relate(node: gs.Node, slot: int, is_input: bool, where: ChannelAxis) -> _Re
         return _same(node, where) if slot == 0 else None
     if op in BROADCAST:
         return _broadcast(node, tensor, where)
+    if op in _QUANTIZATION:  # by one scale
+        return _same(node, where) if slot == 0 and all(math.prod(t.shape) == 1 for t in node.inputs[1:]) else None
     if op in _POOLING:
         return _same(node, where) if slot == 0 and where.axis == 1 else None
     if op in _NORMALIZATION:

@@ -23,6 +23,8 @@ CONV, GEMM = "BlockSparseConv", "BlockSparseGemm"
 CONV_ADD, CONV_MAX_POOL = "BlockSparseConvAdd", "BlockSparseConvMaxPool"  # CONV with what follows it
 OUR_OPS = (CONV, CONV_ADD, CONV_MAX_POOL, GEMM)
 MAX_POOL = "ChannelsLastMaxPool"  # no layer: what a MaxPool between channels-last layers becomes
+# Smaller groups of channels do not fill a kernel's registers.
+LEAST_GROUP = 8
 # Ends the name of a layer's output where reorder_weights has put a Gather behind it, so that the layer keeps its name.
 REORDERED = "/reordered"
 
@@ -87,6 +89,31 @@ class Layer:
         """The weight of a dense layer as ``[out, in, *kernel]``; one that is in a file is read each time."""
         values = values_of(self.node.inputs[1])
         return values.T if self.stored_transposed else values
+
+    @property
+    def groups(self) -> int:
+        """How many groups the weight of a Conv of one group falls into: blocks on its diagonal, zeros beside them.
+
+        So what `passes.open_layers` has made of a grouped convolution is told from others, for which this is 1.
+        """
+        node = self.node
+        if node.op != "Conv" or node.attrs.get("group", 1) != 1 or not isinstance(node.inputs[1], gs.Constant):
+            return 1
+        weight = self.weight
+        out, in_ = weight.shape[:2]
+        if weight[0, -1].any() or weight[-1, 0].any():
+            return 1
+        rows, columns = weight.reshape(out, in_, -1).any(axis=2).nonzero()
+        counts = (g for g in range(min(out, in_) // LEAST_GROUP, 1, -1) if out % g == 0 and in_ % g == 0)
+        fitting = (g for g in counts if np.array_equal(rows // (out // g), columns // (in_ // g)))
+        return next(fitting, 1) if rows.size else 1
+
+    @property
+    def opened(self) -> bool:
+        """Whether the layer has another form in the model, which it keeps if it is not pruned (passes.open_layers)."""
+        readers = self.output.outputs
+        quantized = [n.op for n in (*self.data.inputs, *readers)] == ["DequantizeLinear", "QuantizeLinear"]
+        return quantized or self.groups > 1
 
     @property
     def bias(self) -> NDArray | None:
@@ -165,7 +192,7 @@ def _why_dense(node: gs.Node) -> str:
         if isinstance(node.inputs[0], gs.Constant):
             return "its constant is the left operand"
         if any(producer.op == "DequantizeLinear" for producer in weight.inputs):
-            return "its weight is quantized"
+            return "its weight is quantized (precision int8 prunes it)"
         return "its weight is not a constant"
     if weight_type(weight) not in WEIGHT_TYPES:
         return f"its weight is {weight_type(weight)}, not {', '.join(WEIGHT_TYPES[:-1])} or {WEIGHT_TYPES[-1]}"
@@ -175,7 +202,8 @@ def _why_dense(node: gs.Node) -> str:
         groups = node.attrs.get("group", 1)
         if groups != 1:
             depthwise = groups == weight.shape[0] and weight.shape[1] == 1
-            return "it is depthwise" if depthwise else f"it is grouped ({groups} groups)"
+            small = "" if is_openable_group(node) else f", of fewer than {LEAST_GROUP} channels each"
+            return "it is depthwise" if depthwise else f"it is grouped ({groups} groups{small})"
     elif len(weight.shape) != 2:
         return f"its weight has {len(weight.shape)} axes, not 2"
     if 0 in weight.shape:
@@ -194,6 +222,14 @@ def _why_dense(node: gs.Node) -> str:
     ):
         return "its bias is not a constant"
     return ""
+
+
+def is_openable_group(conv: gs.Node) -> bool:
+    """Whether a Conv is grouped and has a constant weight and groups that are large enough for blocks."""
+    groups, weight = conv.attrs.get("group", 1), conv.inputs[1]
+    if groups <= 1 or not isinstance(weight, gs.Constant) or weight_type(weight) not in WEIGHT_TYPES:
+        return False
+    return len(weight.shape) in (3, 4, 5) and min(weight.shape[0] // groups, weight.shape[1]) >= LEAST_GROUP
 
 
 def conv_window(node: gs.Node) -> dict[str, list[int]] | None:

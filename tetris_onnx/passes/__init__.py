@@ -7,9 +7,11 @@ from tetris_onnx.passes.fold_gathers import fold_gathers
 from tetris_onnx.passes.fuse_add_and_pool import fuse_add_and_pool
 from tetris_onnx.passes.fuse_batchnorm import fuse_batchnorm
 from tetris_onnx.passes.fuse_epilogue import fuse_epilogue
+from tetris_onnx.passes.join_quantized import join_quantized
 from tetris_onnx.passes.lower_block_sparse import lower_block_sparse
 from tetris_onnx.passes.lower_first_layer import lower_first_layer
 from tetris_onnx.passes.normalize_layers import normalize_layers
+from tetris_onnx.passes.open_layers import open_layers
 from tetris_onnx.passes.pipeline import Pass, PassError, run_passes
 from tetris_onnx.passes.prune_blocks import prune_blocks
 from tetris_onnx.passes.reorder_weights import reorder_weights
@@ -27,9 +29,11 @@ __all__ = [
     "fuse_add_and_pool",
     "fuse_batchnorm",
     "fuse_epilogue",
+    "join_quantized",
     "lower_block_sparse",
     "lower_first_layer",
     "normalize_layers",
+    "open_layers",
     "prune_blocks",
     "reorder_weights",
     "run_passes",

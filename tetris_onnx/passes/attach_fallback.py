@@ -42,6 +42,10 @@ def attach_fallback(graph: gs.Graph) -> None:
         )
         for op in sorted(used)
     ]
+    ranged = {node.op for node in graph.nodes if node.domain == DOMAIN and "input_range" in node.attrs}
+    for function in made:
+        if function.name in ranged:
+            function.attrs["input_range"] = None  # its nodes have it, and its body has no use for it
     graph.functions = kept + made
 
 

@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 
 from tetris_onnx.graph.layers import CONV, CONV_ADD, CONV_MAX_POOL, DOMAIN
 from tetris_onnx.graph.sizes import Sizes, symbolic_sizes
-from tetris_onnx.passes.fuse_epilogue import clip_bounds, has_activation, take_over
+from tetris_onnx.passes.fuse_epilogue import clip_further, has_activation, take_over
 from tetris_onnx.passes.surgery import only_consumer
 
 
@@ -40,11 +40,7 @@ def fuse_add_and_pool(graph: gs.Graph, pools: bool = True) -> None:
             node.inputs.append(addend)
         else:
             continue
-        after = _standard(only_consumer(graph, node.outputs[0]))
-        bounds = None if after is None or has_activation(node) else clip_bounds(after)
-        if after is not None and bounds is not None:
-            node.attrs["activation_min"], node.attrs["activation_max"] = bounds
-            take_over(graph, node, after)
+        clip_further(graph, node)
 
 
 def _standard(node: gs.Node | None) -> gs.Node | None:

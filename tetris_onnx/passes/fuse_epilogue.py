@@ -20,11 +20,20 @@ def fuse_epilogue(graph: gs.Graph) -> None:
         while follower is not None and follower.op == "Add" and _add_bias(layer, follower):
             take_over(graph, layer.node, follower)
             follower = only_consumer(graph, layer.output)
-        if follower is not None and follower.domain in (None, "", "ai.onnx"):
-            bounds = clip_bounds(follower)
-            if bounds is not None:
-                layer.node.attrs["activation_min"], layer.node.attrs["activation_max"] = bounds
-                take_over(graph, layer.node, follower)
+        clip_further(graph, layer.node)
+
+
+def clip_further(graph: gs.Graph, node: gs.Node) -> None:
+    """Let one of our operators take over the Relus and Clips that follow it, on top of its own activation."""
+    follower = only_consumer(graph, node.outputs[0])
+    while follower is not None and follower.domain in (None, "", "ai.onnx"):
+        bounds = clip_bounds(follower)
+        if bounds is None:
+            break
+        for end in ("activation_min", "activation_max"):
+            node.attrs[end] = min(max(node.attrs[end], bounds[0]), bounds[1])
+        take_over(graph, node, follower)
+        follower = only_consumer(graph, node.outputs[0])
 
 
 def has_activation(node: gs.Node) -> bool:

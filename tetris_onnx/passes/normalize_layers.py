@@ -41,12 +41,13 @@ def normalize_layers(graph: gs.Graph) -> None:
             if id(tensor) in folded:
                 node.inputs[slot] = folded[id(tensor)]
         if node.op == "Gemm" and len(node.inputs) > 1:
-            _normalize_gemm(graph, node)
+            normalize_gemm(graph, node)
         if node.op == "Sum" and len(node.inputs) == 2:
             node.op = "Add"
 
 
-def _normalize_gemm(graph: gs.Graph, gemm: gs.Node) -> None:
+def normalize_gemm(graph: gs.Graph, gemm: gs.Node) -> None:
+    """Give one Gemm with a constant weight the form ``x W^T + b`` or ``x W + b``."""
     data, weight = gemm.inputs[:2]
     if not isinstance(weight, gs.Constant) or weight_type(weight) not in WEIGHT_TYPES or len(weight.shape) != 2:
         return

@@ -22,12 +22,13 @@ def set_precision(
 ) -> None:
     """Apply the pass: ``precision`` is a key of `PRECISION_ATTRIBUTES`.
 
-    ``input_ranges``: by the name of a node, what the bytes of its input stand for; without, each run finds it.
+    ``input_ranges``: by the name of a node, what the bytes of its input stand for; without, each run finds it. A
+    range that a quantized model brings stays.
     """
     for node in graph.nodes:
         if node.domain == DOMAIN and node.op in OUR_OPS and not is_first_convolution(node):
             node.attrs["precision"] = PRECISION_ATTRIBUTES[precision]
-            if input_ranges is not None and node.name in input_ranges:
+            if input_ranges is not None and node.name in input_ranges and "input_range" not in node.attrs:
                 node.attrs["input_range"] = list(input_ranges[node.name])
     for function in graph.functions:
         if function.domain == DOMAIN and function.name in OUR_OPS:
