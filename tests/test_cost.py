@@ -134,3 +134,11 @@ def test_the_fit_finds_the_coefficients_that_made_the_times() -> None:
     # Where no layer tells, the prior stays.
     product = SPARSE_WORK.index("product")
     assert fit(work[:8], seconds[:8], truth)[product] == pytest.approx(truth[product])
+
+
+def test_the_groups_of_a_dense_layer_divide_its_work() -> None:
+    """The block-sparse form has them as zeros: nothing is saved but what is dropped."""
+    whole = LayerShape(256, 256, (3, 3), (1, 1), (1, 1), (28, 28), (28, 28))
+    grouped = replace(whole, groups=8)
+    assert predict_dense(grouped, AVX512) < predict_dense(whole, AVX512) / 4
+    assert predict(grouped, 0.1, (32, 32), AVX512) == predict(whole, 0.1, (32, 32), AVX512)

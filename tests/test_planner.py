@@ -185,13 +185,14 @@ def test_the_predicted_time_is_that_of_the_blocks_that_are_kept(monkeypatch: pyt
 def test_shapes_of_layers() -> None:
     net = Net()
     a = net.conv(net.input("x", [4, 8, 9, 9]), (8, 16), strides=[2, 2])
-    a = net.op("Relu", net.conv(a, (16, 16), group=2))
+    a = net.op("Relu", net.conv(net.conv(a, (16, 16), group=2), (16, 16), group=4))
     a = net.op("Reshape", a, net.constant([4, 10, 40]))
     net.output(net.matmul(a, (40, 24)))
     graph = prepare(io.to_graph(net.build()))
     assert layer_shapes(graph, find_layers(graph)) == [
         LayerShape(16, 8, (3, 3), (2, 2), (1, 1), (9, 9), (5, 5), samples=4),
-        None,  # grouped: it stays dense in any case
+        LayerShape(16, 16, (3, 3), (1, 1), (1, 1), (5, 5), (5, 5), samples=4, groups=2),
+        None,  # groups of 4 channels: it stays dense in any case
         LayerShape(24, 40, samples=40),
     ]
 
@@ -367,7 +368,7 @@ class TestMatchPlan:
         net = Net()
         x = net.input("x", ["N", 32, 16, 16])
         for _ in range(5):
-            x = net.conv(x, (32, 32), group=2 if change == "grouped" else 1)
+            x = net.conv(x, (32, 32), group=8 if change == "grouped" else 1)
         if change == "shape":
             net = Net()
             x = net.conv(net.conv(net.input("x", ["N", 32, 16, 16]), (32, 32)), (32, 48))

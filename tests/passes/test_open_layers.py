@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from models import Net, check_rewrite, op_counts, random_feed, random_plan, relative_error, run, weights_of
+from models import Net, check_rewrite, op_counts, random_feed, random_plan, run, weights_of
 from tetris_onnx.calibration import Data
 from tetris_onnx.config import Config, LayerRule
 from tetris_onnx.graph import io
@@ -182,11 +182,12 @@ def test_quantized_layers_are_pruned_with_precision_int8(layer: str, kind: type,
     if kind is np.int8:
         ranges[0] = [-128 * 2 / 255, 127 * 2 / 255]
     assert np.allclose(floats(result.model), ranges, rtol=1e-6)
-    # The bytes are those of the quantized model: the results differ by steps of the last rounding, 1/255 of the range.
+    # But for the roundings in between, steps of 0.05 (outputs of up to 6): a wrong scale or row would be off by ones.
     feed = random_feed(model)
-    expected = run(masked_dense(model, result.plan), feed)
-    assert relative_error(expected, run(result.model, feed)) < 0.01
-    assert relative_error(expected, InferenceSession(result.model.SerializeToString()).run(None, feed)) < 0.01
+    expected = run(masked_dense(model, result.plan), feed)[0]
+    for found in (run(result.model, feed), InferenceSession(result.model.SerializeToString()).run(None, feed)):
+        assert np.abs(found[0] - expected).max() < 0.6
+        assert np.abs(found[0] - expected).mean() < 0.03
 
 
 def test_quantized_layers_stay_with_other_precisions() -> None:
