@@ -253,12 +253,13 @@ def test_a_killed_sweep_goes_on_where_it_was(
 ) -> None:
     folder = tmp_path / "s"
     environment = os.environ | {"PYTHONPATH": str(Path(module.__file__).parents[1])}
-    process = subprocess.Popen([sys.executable, "-m", "tetris_onnx", *command(model, folder)], env=environment)
+    words = [sys.executable, "-m", "tetris_onnx", *command(model, folder)]
+    process = subprocess.Popen(words, env=environment, start_new_session=True)
     limit = time.monotonic() + 120
     while not list(folder.glob("sparsity*.json")):
         assert process.poll() is None and time.monotonic() < limit
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     done = {path.stem for path in folder.glob("sparsity*.json")}
     assert 1 <= len(done) < 4
