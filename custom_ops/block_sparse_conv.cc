@@ -122,7 +122,11 @@ ConvNode::Sizes ConvNode::sizes(const std::vector<int64_t>& input_shape) const {
     throw std::invalid_argument(input + ", expected " + std::to_string(weight_shape_[1]) + " channels");
   }
   Sizes sizes{{1, 1, 1}, {}, {shape[0], weight_shape_[0]}};
-  for (size_t d = 0; d < rank; ++d) sizes.input[place(d, rank)] = shape[2 + d];
+  for (size_t d = 0; d < rank; ++d) {
+    // (of an empty batch, too: there is no limit to what an empty tensor's sizes say)
+    if (shape[2 + d] > kMaxSize) throw std::invalid_argument(input + ", too large");
+    sizes.input[place(d, rank)] = shape[2 + d];
+  }
   sizes.output = conv_output_size(attributes_, sizes.input);
   int64_t elements = checked_product(shape[0], weight_shape_[0]);
   for (size_t d = 0; d < rank; ++d) {
@@ -142,9 +146,12 @@ std::optional<Spatial> ConvNode::known_size(const std::vector<int64_t>& input_sh
   if (spatial_rank() != 2 || input_shape.size() != 4) return std::nullopt;
   const std::vector<int64_t> shape = input_last_ ? channels_first(input_shape) : input_shape;
   const Spatial input{shape[2], 1, shape[3]};
-  if (input[0] < 1 || input[2] < 1) return std::nullopt;
-  const Spatial output = conv_output_size(attributes_, input);
-  return output[0] < 1 || output[2] < 1 ? std::nullopt : std::optional<Spatial>(input);
+  // No more than any memory holds: the file may say anything, and what is made for a size is in proportion to it.
+  auto possible = [](const Spatial& size) {
+    return size[0] > 0 && size[2] > 0 && size[0] <= kMaxSize && size[2] <= kMaxSize / size[0];
+  };
+  if (!possible(input) || !possible(conv_output_size(attributes_, input))) return std::nullopt;
+  return input;
 }
 
 void ConvNode::infer_shape(const ShapeInference& inference, bool pooled) {
@@ -172,7 +179,7 @@ void ConvNode::infer_shape(const ShapeInference& inference, bool pooled) {
     const int64_t grow = pads[d] + pads[rank + d] - ((kernel - 1) * dilations[d] + 1);
     const Dimension& in = input[2 + d];
     if (in.known()) {
-      if (in.value + grow < 0) return;
+      if (in.value > kMaxSize || in.value + grow < 0) return;
       output.push_back(Dimension::of(((in.value + grow) / strides[d] + 1) / (pooled ? 2 : 1)));
     } else if (grow == -1 && strides[d] == 1 && !pooled) {
       output.push_back(in);
@@ -195,7 +202,7 @@ ConvOp<F>::ConvOp(const ort::Api& api, const NodeReader& node) : api_(api), node
     if (range) kernel_->set_input_range(*range);
     const std::vector<int64_t> shape = node.input_shape(kX);
     // A batch of unknown size counts as one image.
-    if (const auto size = node_.known_size(shape)) kernel_->specialize(std::max<int64_t>(shape[0], 1), *size);
+    if (const auto size = node_.known_size(shape)) kernel_->specialize(std::clamp<int64_t>(shape[0], 1, kMaxSize), *size);
   } catch (const std::logic_error& error) {
     node.fail(error.what());
   } catch (const std::runtime_error& error) {
@@ -218,6 +225,7 @@ void ConvOp<F>::compute(ort::KernelContext* context) const {
     }
   }
   auto* y = static_cast<float*>(output_data(api_, context, sizes.output_shape));
+  if (shape[0] == 0) return;
   const SessionThreads threads(api_, context);
   // The kernels are for NCHW. Channels-last is the layout of models for CUDA: here it has to work, not to be fast.
   const int64_t inputs = node_.weight_shape()[1], outputs = node_.weight_shape()[0];

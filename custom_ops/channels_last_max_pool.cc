@@ -26,6 +26,7 @@ std::vector<int64_t> MaxPoolNode::output_shape(const std::vector<int64_t>& shape
   if (shape.size() != 4) throw std::invalid_argument(input + ", expected [N, H, W, C]");
   std::vector<int64_t> output{shape[0]};
   for (size_t d = 0; d < 2; ++d) {
+    if (shape[1 + d] > kMaxSize) throw std::invalid_argument(input + ", too large");
     const int64_t size = shape[1 + d] + window_.pads_begin[d] + window_.pads_end[d] - window_.kernel[d];
     if (size < 0) throw std::invalid_argument(input + ", too small for the window");
     output.push_back(size / window_.strides[d] + 1);
@@ -43,15 +44,18 @@ void MaxPoolNode::infer_shape(const ShapeInference& inference) {
   if (pads.size() != 4) pads.assign(4, 0);
   std::vector<Dimension> output{input[0]};
   for (size_t d = 0; d < 2; ++d) {
-    for (const int64_t value : {kernel[d], strides[d], pads[d] + 1, pads[2 + d] + 1}) {
+    for (const int64_t value : {kernel[d], strides[d]}) {
       if (value < 1 || value > kMaxSize) return;
+    }
+    for (const int64_t pad : {pads[d], pads[2 + d]}) {
+      if (pad < 0 || pad > kMaxSize) return;
     }
     const int64_t grow = pads[d] + pads[2 + d] - kernel[d];
     if (!input[1 + d].known()) {
       output.push_back(Dimension::unknown());
       continue;
     }
-    if (input[1 + d].value + grow < 0) return;
+    if (input[1 + d].value > kMaxSize || input[1 + d].value + grow < 0) return;
     output.push_back(Dimension::of((input[1 + d].value + grow) / strides[d] + 1));
   }
   output.push_back(input[3]);
@@ -66,8 +70,8 @@ void ChannelsLastMaxPool::compute(ort::KernelContext* context) const {
   const auto* x = static_cast<const float*>(input_data(api_, context, kX, &shape));
   const std::vector<int64_t> out = node_.output_shape(shape);
   auto* y = static_cast<float*>(output_data(api_, context, out));
+  if (shape[0] == 0 || shape[3] == 0) return;
   const int64_t rows = out[0] * out[1], columns = out[2], channels = out[3];
-  if (rows * columns * channels == 0) return;
   struct Work {
     const MaxPoolNode::Window& window;
     const float* x;

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -536,3 +537,64 @@ def test_end_to_end(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     value = json.loads(succeeds(["bench", model, out, "--rounds", "1", "--per-layer", "--json"], capsys))
     rows = {row["name"]: row["op_types"] for row in value["results"][0]["layers"]}
     assert rows["conv1"][1] == rows["conv2"][1] == "BlockSparseConv"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_no_file_is_not_replaced(
+    model: Path, calls: list, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    out = tmp_path / kind
+    if kind == "pipe":
+        os.mkfifo(out)
+    else:
+        out.mkdir()
+    for option in ("-o", "--save-plan"):
+        other = [] if option == "-o" else ["-o", tmp_path / "out.onnx"]
+        line = fails(["optimize", model, option, out, *other], capsys)
+        assert f"{option} {out}: " + ("a folder" if kind == "folder" else "not a regular file") in line
+        assert calls == [] and not out.is_file()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["bench", "MODEL", "--threads", "99999999999"], "--threads 99999999999: expected numbers such as 1,2"),
+        (["optimize", "MODEL", "-o", "out.onnx", "--plan", os.devnull], "not a regular file"),
+        (["optimize", "MODEL", "-o", "out.onnx", "--config", os.devnull], "not a regular file"),
+        (["optimize", "MODEL", "-o", "out.onnx", "--calibration", "PICKLE"], "pickled objects are not read"),
+        (["inspect", os.devnull], "not a regular file"),
+        (["inspect", "."], "a folder, not an ONNX file"),
+    ],
+)
+def test_odd_files_and_numbers(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], args: list[str], message: str
+) -> None:
+    np.save(tmp_path / "o.npy", np.array([{}], dtype=object), allow_pickle=True)
+    names = {"MODEL": model, "PICKLE": tmp_path / "o.npy", "out.onnx": tmp_path / "out.onnx"}
+    assert message in fails([names.get(arg, arg) for arg in args], capsys)
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_memory_without_bounds(model: Path, calls: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    succeeds(["optimize", model, "-o", tmp_path / "out.onnx", "--memory", "inf"], capsys)
+    assert calls[0][1].memory >= 10**18
+
+
+def test_where_onnxruntime_failed_is_not_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    future = network()
+    future.ir_version = 99
+    (tmp_path / "future.onnx").write_bytes(future.SerializeToString())
+    line = fails(["compare", tmp_path / "future.onnx", tmp_path / "future.onnx"], capsys)
+    assert "Unsupported model IR version: 99" in line and ".cc:" not in line and "[ONNXRuntimeError]" not in line
+
+
+def test_paths_with_spaces_and_other_letters(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "a b" / "ünï [x]"
+    folder.mkdir(parents=True)
+    odd = folder / "mödel %s.onnx"
+    odd.write_bytes(model.read_bytes())
+    succeeds(
+        ["optimize", odd, "-o", folder / "öut", "--report", folder / "r.html", "--save-plan", folder / "p"], capsys
+    )
+    assert {"öut", "r.html"} < {path.name for path in folder.iterdir()}
+    onnx.load(folder / "öut")

@@ -55,7 +55,7 @@ def wait_for(path: Path) -> None:
             "os.kill(os.getpid(), signal.SIGKILL)",
             "killed from outside, most likely because the machine ran out of memory",
         ),
-        ("bytearray(2**46)", "there is not enough memory for this model"),
+        ("bytearray(2**46)", "there is not enough memory for this"),
     ],
 )
 def test_a_crash_is_one_line_and_leaves_no_files(tmp_path: Path, body: str, message: str) -> None:

@@ -37,6 +37,7 @@ from tetris_onnx.session import ModelSource, model_name, open_session, run
 
 SECONDS = 5.0
 _MIN_ROUNDS = 5
+_MOST_THREADS = 1024
 _TURN_SECONDS = 0.03  # timed runs of one model in one round: at least one run
 _RESAMPLES = 2000
 _WIDE_INTERVAL = 0.15  # of the speed-up: a quiet machine gives a few percent
@@ -199,7 +200,7 @@ def parse_threads(text: str) -> tuple[int, ...]:
         threads = tuple(int(part) for part in text.split(","))
     except ValueError:
         threads = ()
-    if not threads or min(threads) < 1:
+    if not threads or min(threads) < 1 or max(threads) > _MOST_THREADS:
         raise BenchError(f"--threads {text}: expected numbers such as 1,2")
     return threads
 

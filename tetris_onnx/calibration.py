@@ -9,6 +9,7 @@ integers for an input of floats are an error, since they are most likely an imag
 from __future__ import annotations
 
 import contextlib
+import math
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ SIZES = (224, 32, 48, 64, 128, 640, 16, 8, 4, 1)
 _CHANNELS = 3  # for an open channel axis of an image
 # An .npz of more bytes than this, and of so many times what it takes, is not let in.
 _MOST_UNPACKED, _MOST_RATIO = 2**31, 100
+_MOST_RANDOM = 2**31  # values of one input
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,6 +147,8 @@ def random_samples(
     samples = {}
     for spec in inputs:
         shape = _concrete_shape(spec, n, shapes.get(spec.name), size)
+        if math.prod(shape) > _MOST_RANDOM:
+            raise CalibrationError(f"input {spec}: {math.prod(shape)} random values are too many; give other sizes")
         values: NDArray
         if spec.dtype.kind in "biu":
             values = rng.integers(0, 256 if spec.dtype == np.uint8 else 2, shape)
@@ -250,7 +254,8 @@ def _read(path: Path, wanted: Sequence[str]) -> Iterator[tuple[Path, list[str], 
                     found = list(content)
                     arrays = {name: content[name] for name in wanted if name in found}
         except Exception as error:  # np.load raises many types for broken or hostile files
-            raise CalibrationError(f"{file}: not an .npz or .npy file of numbers ({error})") from None
+            why = "pickled objects are not read" if "pickle" in str(error) else error
+            raise CalibrationError(f"{file}: not an .npz or .npy file of numbers ({why})") from None
         yield file, found, arrays
 
 

@@ -91,7 +91,7 @@ def run(args: Sequence[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except MemoryError as error:
-        return _fail("there is not enough memory for this model", error, debug)
+        return _fail("there is not enough memory for this", error, debug)
     except Exception as error:
         return _fail(describe_error(error), error, debug)
 
@@ -228,7 +228,7 @@ def optimize(
     chosen = _config(
         config, sparsity, block_size, gathers, reorder, importance, seed, target, allocation, speedup, precision
     )
-    chosen = replace(chosen, memory=int(memory * 1e9))
+    chosen = replace(chosen, memory=int(min(memory, 1e9) * 1e9))
     if chosen.importance in MEASURED_IMPORTANCES and calibration is None:
         raise UsageError(
             f"importance {chosen.importance} is measured on samples: give --calibration FILE.npz, or use l1 or l2"

@@ -118,6 +118,8 @@ class Plan:
     def load(path: str | Path) -> Plan:
         """Read what `save` wrote. Raises `PlanError` for any other content."""
         try:
+            if Path(path).exists() and not Path(path).is_file():
+                raise PlanError("not a regular file")
             with zipfile.ZipFile(path) as archive:
                 size = sum(member.file_size for member in archive.infolist())
             if size > _MAX_BYTES:

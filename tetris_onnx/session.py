@@ -5,6 +5,7 @@ Models with our ops run through the op library, all others through onnxruntime a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,4 +133,7 @@ def run(session: Any, feed: Samples, name: str) -> Sequence[NDArray]:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split())
+    # Without where it is in onnxruntime: "[ONNXRuntimeError] : 1 : FAIL : /.../model.cc:256 onnxruntime::Model(...) ".
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
+    text = re.sub(r"/\S*onnxruntime/\S+\.(cc|h):\d+ [^()]*\([^)]*\)+ ", "", text)
     return text if len(text) <= 300 else text[:300] + "..."

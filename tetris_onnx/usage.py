@@ -36,6 +36,8 @@ def check_outputs(model: Path, outputs: dict[str, Path | None]) -> None:
         taken[option] = path
         if path.is_dir():
             raise UsageError(f"{option} {path}: a folder; give the name of a file")
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{option} {path}: not a regular file; give another name")
         if not path.parent.is_dir():
             raise UsageError(f"{option} {path}: the folder {path.parent} does not exist; create it first")
 

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import typer
 from google.protobuf.message import Message
 from onnx import TensorProto, helper, numpy_helper
 
@@ -35,8 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from models import Net  # noqa: E402
-from tetris_onnx import optimize  # noqa: E402
-from tetris_onnx.cli import run  # noqa: E402
+from tetris_onnx import cli, optimize  # noqa: E402
 from tetris_onnx.config import Config, LayerRule  # noqa: E402
 
 SECONDS = 20  # of processor time, for one file
@@ -44,7 +44,7 @@ GIGABYTES = 4  # of private memory
 _WORKER_FILES = 200
 _CONFIG_NAME = "fuzz.toml"
 # Every layer that can be pruned is: it is named by a rule, so that no prediction keeps it dense.
-CONFIG = 'block_size = "8x8"\nreorder = "greedy"\n[layers."*"]\nsparsity = 0.5\n'
+CONFIG = 'block_size = "8x8"\n[layers."*"]\nsparsity = 0.5\n'
 # Outcomes that are right; all others are failures.
 GOOD = ("done", "refused")
 
@@ -314,13 +314,21 @@ def content(case: Case, models: Sequence[onnx.ModelProto]) -> bytes:
 def command(case: Case, model: Path, output: Path) -> list[str]:
     """The command line of a case."""
     rng = random.Random(case.seed + 1)
-    optimizing = ["optimize", str(model), "-o", str(output), "--config", str(model.with_name(_CONFIG_NAME))]
+    optimizing = [
+        "optimize",
+        str(model),
+        "-o",
+        str(output),
+        "--config",
+        str(model.with_name(_CONFIG_NAME)),
+        "--reorder",
+    ]
     return rng.choice(
         (
             ["inspect", str(model)],
-            optimizing,
-            optimizing,
-            [*optimizing, "--gathers", "keep", "--precision", "bf16"],
+            [*optimizing, "none"],
+            [*optimizing, "none", "--precision", "bf16"],
+            [*optimizing, rng.choice(("none", "greedy")), "--gathers", rng.choice(("keep", "absorb"))],
             ["compare", str(model), str(model), "--samples", "1"],
         )
     )
@@ -338,7 +346,7 @@ def attempt(case: Case, models: Sequence[onnx.ModelProto], folder: Path) -> Outc
     out, err = io.StringIO(), io.StringIO()
     args = command(case, model, output)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = run(args)
+        code = cli.run(args)
     text = f"{args[0]}: {err.getvalue()}"
     lines = [line for line in err.getvalue().splitlines() if not line.startswith("note: ")]
     left = sorted(path.name for path in folder.iterdir() if path.name not in (model.name, _CONFIG_NAME))
@@ -357,6 +365,7 @@ def _work(cases: Sequence[Case], models: Sequence[onnx.ModelProto], folder: Path
     limit = GIGABYTES * 2**30
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    cli.app = typer.main.get_command(cli.app)  # type: ignore[assignment]  # (made for each call otherwise)
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)  # (what C++ prints before it aborts)
@@ -430,7 +439,7 @@ def main() -> int:
         model.with_name(_CONFIG_NAME).write_text(CONFIG)
         line = command(cases[args.only], model, folder / "out.onnx")
         print(" ".join(line))
-        return run(["--debug", *line])
+        return cli.run(["--debug", *line])
     start = time.monotonic()
 
     def show(outcome: Outcome) -> None:

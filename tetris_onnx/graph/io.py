@@ -22,6 +22,7 @@ import onnx_graphsurgeon as gs
 from onnx import version_converter
 from onnx_graphsurgeon.logger import G_LOGGER
 
+from tetris_onnx.graph.layers import malformed
 from tetris_onnx.graph.plain import plain_form
 from tetris_onnx.graph.shapes import UNKNOWN, infer_shapes
 from tetris_onnx.graph.tensors import (
@@ -29,6 +30,7 @@ from tetris_onnx.graph.tensors import (
     WORTH_A_FILE,
     Deferred,
     TensorFile,
+    check_names,
     check_tensors,
     check_types,
     defer_external,
@@ -56,10 +58,13 @@ _MAX_PROTO_BYTES = 2**31 - 2**20
 @contextlib.contextmanager
 def write_atomically(path: Path) -> Iterator[IO[bytes]]:
     """Yield a binary file that becomes ``path`` when the block ends without an exception, and vanishes otherwise."""
+    path = Path(path)
+    if path.exists() and not path.is_file():  # a device, for one: not to be replaced
+        raise ModelError(f"cannot write {path}: not a regular file")
     with _new_file(path) as (file, link):
         yield file
         _finish(file)
-        temporary = Path(path).with_name(f".{Path(path).name[:100]}.{secrets.token_hex(4)}.tmp")
+        temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(4)}.tmp")
         try:
             link(temporary)
             temporary.replace(path)
@@ -131,6 +136,7 @@ def load(path: str | Path) -> onnx.ModelProto:
     if not model.HasField("graph") or not model.opset_import:
         raise ModelError(f"{path}: not an ONNX model")
     try:
+        check_names(model)
         check_tensors(model)
         check_types(model)
         place_external(model, path.parent)
@@ -286,7 +292,11 @@ def opset(model: onnx.ModelProto) -> int:
 def to_graph(model: onnx.ModelProto) -> gs.Graph:
     """The model as an onnx-graphsurgeon graph with shapes annotated. Weights are shared with ``model``, not copied."""
     with G_LOGGER.suppress(G_LOGGER.ERROR):  # it warns of each value of a type that numpy lacks
-        graph = gs.import_onnx(model)
+        try:
+            graph = gs.import_onnx(model)
+        except Exception as error:  # it raises many types for what the checker lets pass
+            raise ModelError(f"not a valid ONNX model ({_first_line(error)})") from None
+        _check_attributes(graph)
         defer_external(graph)
         tensors = graph.tensors()
         for tensor in tensors.values():
@@ -389,6 +399,26 @@ def _moved(graph: gs.Graph, weights: TensorFile | None) -> Iterator[None]:
     finally:
         for constant, kept in before:
             constant.values = kept
+
+
+def _check_attributes(graph: gs.Graph) -> None:
+    """Make tensors of the empty lists of Constants, and refuse others: written again, an empty list has no type.
+
+    Also refuse our operators where they are not what their specification says.
+    """
+    bodies = [body for function in graph.functions for body in (function, *function.subgraphs(recursive=True))]
+    for part in (graph, *graph.subgraphs(recursive=True), *bodies):
+        for node in part.nodes:
+            wrong = malformed(node)
+            if wrong:
+                raise ModelError(f"node {node.name!r} ({node.op}) {wrong}")
+            empty = [name for name, value in node.attrs.items() if isinstance(value, list) and not value]
+            if node.op == "Constant" and empty in (["value_ints"], ["value_floats"]):
+                dtype = np.int64 if empty == ["value_ints"] else np.float32
+                node.attrs = {"value": gs.Constant(f"{node.name}/value", np.zeros(0, dtype))}
+            elif empty:
+                name = node.name or (node.outputs[0].name if node.outputs else "")
+                raise ModelError(f"node {name!r} ({node.op}) has an empty list as attribute {empty[0]!r}")
 
 
 def _name_nodes(graph: gs.Graph) -> None:

@@ -172,6 +172,26 @@ def nested_layers(graph: gs.Graph) -> list[Layer]:
     return layers
 
 
+def malformed(node: gs.Node) -> str:
+    """What is wrong with a node of one of our operators, as far as passes rely on it; "" for nothing or other nodes."""
+    if node.domain != DOMAIN or node.op not in OUR_OPS:
+        return ""
+    for name, least, most in (("weight_shape", 2, 5), ("block_size", 2, 2)):
+        sizes = node.attrs.get(name)
+        if not isinstance(sizes, list) or not least <= len(sizes) <= most:
+            return f"has no attribute {name!r} of {least}{f' to {most}' * (most > least)} sizes"
+        if not all(isinstance(size, int) and size > 0 for size in sizes):
+            return f"has the attribute {name!r} {sizes}: expected sizes above 0"
+    if node.op == CONV_MAX_POOL and node.attrs.get("pool_shape") != [2, 2]:
+        return "has no attribute 'pool_shape' of [2, 2]"
+    if (node.op == GEMM) != (len(node.attrs["weight_shape"]) == 2):
+        return f"has the attribute 'weight_shape' {node.attrs['weight_shape']}"
+    constants = node.inputs[1:5]
+    if len(constants) < 4 or not node.outputs or not all(isinstance(t, gs.Constant) for t in constants):
+        return "has not the inputs of its specification: X and four constants"
+    return ""
+
+
 def layer_of(node: gs.Node) -> Layer | None:
     """``node`` as a layer whose channels can take any order (prunable or one of ours), else None.
 

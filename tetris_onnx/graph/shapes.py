@@ -180,7 +180,9 @@ def _evaluate(
             ):
                 values[i.name] = onnx.numpy_helper.to_array(i)
     for node in model.graph.node:
-        if node.domain not in ("", "ai.onnx") or node.op_type not in _SHAPE_OPS or node.output[0] in values:
+        if node.domain not in ("", "ai.onnx") or node.op_type not in _SHAPE_OPS or not node.output:
+            continue
+        if node.output[0] in values or (node.op_type == "Shape" and not node.input):
             continue
         if node.op_type == "Shape":
             known = shapes.get(node.input[0])

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import onnx
@@ -151,6 +151,18 @@ def check_types(model: onnx.ModelProto) -> None:
             for field in ("tensor_type", "sparse_tensor_type"):
                 if kind.HasField(field) and getattr(kind, field).elem_type != TensorProto.UNDEFINED:
                     _check_type(getattr(kind, field).elem_type, f"value {value.name!r}")
+
+
+def check_names(message: Any) -> None:
+    """Raise `ModelError` for a string that is no text, anywhere in a message: protobuf lets any bytes through."""
+    for field, value in message.ListFields():
+        if field.type == field.TYPE_STRING:
+            for text in [value] if isinstance(value, (str, bytes)) else value:
+                if not isinstance(text, str):
+                    raise ModelError(f"the name {text[:40]!r} is no text: the file is damaged")
+        elif field.message_type is not None:
+            for inner in [value] if hasattr(value, "ListFields") else value:
+                check_names(inner)
 
 
 def _check_type(kind: int, what: str) -> None:

@@ -38,7 +38,7 @@ def clip_further(graph: gs.Graph, node: gs.Node) -> None:
 
 def has_activation(node: gs.Node) -> bool:
     """Whether one of our operators clips its result."""
-    low, high = (node.attrs[f"activation_{end}"] for end in ("min", "max"))
+    low, high = node.attrs.get("activation_min", -np.inf), node.attrs.get("activation_max", np.inf)
     return bool(low > -np.inf or high < np.inf)
 
 
