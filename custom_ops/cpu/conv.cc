@@ -540,7 +540,31 @@ struct ConvKernel::Work {
   int64_t parts = 1, rows = 1;  // items in a stage: parts of its tiles (of its bands, if pooled) by block rows
   bool rows_first = false;      // items are in the order (block row, part)
   float* panels = nullptr;  // of all stages, or null
-  const Quantization* quantized = nullptr;  // of each image (kInt8)
+  Quantization* quantized = nullptr;  // of each image (kInt8)
+  // Where it has to be found, for each image by itself: the ranges of parts of the channels that are read.
+  int64_t survey_items = 0, parts_of_image = 1;
+  Range* ranges = nullptr;
+
+  void survey(int64_t item) {
+    const int64_t used = static_cast<int64_t>(kernel.used_.size());
+    const int64_t image = item / parts_of_image, part = item % parts_of_image;
+    for (int64_t u = used * part / parts_of_image; u < used * (part + 1) / parts_of_image; ++u) {
+      const Source& source = kernel.used_[static_cast<size_t>(u)];
+      for (int k = 0; k < source.count; ++k) {
+        Range channel;
+        const float* values = x + (image * kernel.inputs_ + source.channel[k]) * plan.input_plane;
+        kernel.kernels_.find_range(values, plan.input_plane, &channel.low, &channel.high);
+        ranges[item].add(channel);
+      }
+    }
+  }
+  void finish_survey() {
+    for (int64_t first = 0; first < survey_items; first += parts_of_image) {
+      Range all;
+      for (int64_t part = 0; part < parts_of_image; ++part) all.add(ranges[first + part]);
+      quantized[first / parts_of_image] = quantization_of(all);
+    }
+  }
 
   int64_t group_of(int64_t item) const { return item / (parts * rows); }
 
@@ -784,36 +808,6 @@ struct ConvKernel::Work {
   }
 };
 
-// The range of the channels that are read, of each image: an image's result does not depend on the others.
-std::vector<Quantization> ConvKernel::quantize_images(const float* x, int64_t batch, int64_t plane,
-                                                      const ThreadPool& pool) const {
-  const int64_t used = static_cast<int64_t>(used_.size());
-  const int64_t per_image = std::clamp<int64_t>(used, 1, ceil_div(threads_.count() * kStagesPerThread, batch));
-  std::vector<Range> ranges(static_cast<size_t>(per_image * batch));
-  auto find = [&](size_t item) {
-    const int64_t image = static_cast<int64_t>(item) / per_image, part = static_cast<int64_t>(item) % per_image;
-    Range& range = ranges[item];
-    for (int64_t u = used * part / per_image; u < used * (part + 1) / per_image; ++u) {
-      const Source& source = used_[static_cast<size_t>(u)];
-      for (int k = 0; k < source.count; ++k) {
-        Range channel;
-        kernels_.find_range(x + (image * inputs_ + source.channel[k]) * plane, plane, &channel.low, &channel.high);
-        range.add(channel);
-      }
-    }
-  };
-  pool.run([](void* data, size_t item) { (*static_cast<decltype(find)*>(data))(item); }, ranges.size(), &find);
-  std::vector<Quantization> quantized;
-  for (int64_t image = 0; image < batch; ++image) {
-    Range all{};
-    for (int64_t part = 0; part < per_image; ++part) {
-      all.add(ranges[static_cast<size_t>(image * per_image + part)]);
-    }
-    quantized.push_back(quantization_of(all));
-  }
-  return quantized;
-}
-
 ConvAlgorithm ConvKernel::algorithm_for(int64_t batch, const Spatial& input) const {
   if (float32_ != nullptr && WinogradConv::applies(attributes_, input)) {
     return WinogradConv::choose(*float32_, batch, input, kBFloat16Speed);
@@ -854,17 +848,20 @@ void ConvKernel::run(const float* x, const float* addend, int64_t batch, const S
   const std::shared_ptr<const Plan> plan = plan_for(input);
   if (plan->result_plane == 0 || outputs_ == 0) return;
   Work work{*this, *plan, x, addend, y};
+  const int64_t threads = threads_.count();
   std::vector<Quantization> quantized;
+  std::vector<Range> ranges;
   if (kernels_.precision == Precision::kInt8) {
-    if (input_quantization_) {
-      quantized.assign(static_cast<size_t>(batch), *input_quantization_);
-    } else {
-      quantized = quantize_images(x, batch, plan->input_plane, pool);
-    }
+    quantized.assign(static_cast<size_t>(batch), input_quantization_.value_or(Quantization{}));
     work.quantized = quantized.data();
+    if (!input_quantization_) {
+      work.parts_of_image = std::clamp<int64_t>(static_cast<int64_t>(used_.size()), 1, ceil_div(threads * kStagesPerThread, batch));
+      work.survey_items = work.parts_of_image * batch;
+      ranges.resize(static_cast<size_t>(work.survey_items));
+      work.ranges = ranges.data();
+    }
   }
   work.stages = batch * static_cast<int64_t>(plan->strips.size());
-  const int64_t threads = threads_.count();
   const bool own_panels = !plan->direct && !used_.empty() && work.stages >= std::min(threads * kStagesPerThread, kMaxGroups);
   if (!own_panels) {
     const Plan::Strip& strip = plan->strips[0];

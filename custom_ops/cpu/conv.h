@@ -94,7 +94,6 @@ class ConvKernel {
   int64_t choose_band_rows(int64_t rows, int64_t width) const;
   void add_masks(Plan& plan) const;
   void add_tile_masks(Plan& plan) const;
-  std::vector<Quantization> quantize_images(const float* x, int64_t batch, int64_t plane, const ThreadPool& pool) const;
 
   ConvAttributes attributes_;
   Activation activation_;

@@ -155,13 +155,21 @@ struct GemmKernel::Work {
   bool uses_tiles;
   int64_t samples, tiles, tiles_per_item;
   float* packed;  // or null: one sample, read in place
-  const Quantization* quantized;  // of each sample (kInt8)
+  Quantization* quantized;        // of each sample (kInt8)
+  int64_t survey_items = 0;       // samples of which it has to be found
   int64_t groups = 1, prepare_items = 0, compute_items = 0;
 
   int64_t first_sample(int64_t tile) const {
     return uses_tiles ? std::min(samples, tile * kSamplesOfTiles) : samples * tile / tiles;
   }
   int64_t group_of(int64_t) const { return 0; }
+
+  void survey(int64_t sample) {
+    Range range;
+    kernel.kernels_.find_range(x + sample * kernel.inputs_, kernel.inputs_, &range.low, &range.high);
+    quantized[sample] = quantization_of(range);
+  }
+  void finish_survey() {}
 
   void prepare(int64_t, int64_t item) {
     const int64_t tile = item % tiles, first = first_sample(tile), count = first_sample(tile + 1) - first;
@@ -223,16 +231,8 @@ void GemmKernel::run(const float* x, int64_t samples, float* y, const ThreadPool
   const int64_t largest = std::max<int64_t>(
       kernels_.gemm_samples, kRoundBytes / (std::max<int64_t>(elements_, 1) * static_cast<int64_t>(sizeof(float))));
   std::vector<Quantization> quantized;
-  if (kernels_.precision == Precision::kInt8 && input_quantization_) {
-    quantized.assign(static_cast<size_t>(samples), *input_quantization_);
-  } else if (kernels_.precision == Precision::kInt8) {
-    quantized.resize(static_cast<size_t>(samples));
-    auto find = [&](size_t s) {
-      Range range;
-      kernels_.find_range(x + static_cast<int64_t>(s) * inputs_, inputs_, &range.low, &range.high);
-      quantized[s] = quantization_of(range);
-    };
-    pool.run([](void* data, size_t s) { (*static_cast<decltype(find)*>(data))(s); }, quantized.size(), &find);
+  if (kernels_.precision == Precision::kInt8) {
+    quantized.assign(static_cast<size_t>(samples), input_quantization_.value_or(Quantization{}));
   }
   for (int64_t done = 0; done < samples;) {
     const int64_t count = std::min(largest, samples - done);
@@ -245,6 +245,7 @@ void GemmKernel::run(const float* x, int64_t samples, float* y, const ThreadPool
       work.packed = thread_scratch<GemmKernel>(static_cast<size_t>(checked_product(rows_read, elements_)));
       work.prepare_items = work.tiles * ceil_div(elements_, kPackElements);
     }
+    if (!quantized.empty() && !input_quantization_) work.survey_items = count;
     const int64_t items = threads_.count() * kItemsPerThread;
     work.tiles_per_item = std::clamp<int64_t>(work.tiles * rows / items, 1, kTilesPerItem);
     work.compute_items = rows * ceil_div(work.tiles, work.tiles_per_item);

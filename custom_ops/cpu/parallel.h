@@ -69,13 +69,16 @@ class Share {
   alignas(64) std::atomic<uint64_t> left_{0};
 };
 
-// Runs `work` in two steps. First `prepare(group, i)` for i < work.prepare_items of each of work.groups groups, then
+// Runs `work` in three steps. First `survey(i)` for i < work.survey_items and, when all are done, `finish_survey()`. Then
+// `prepare(group, i)` for i < work.prepare_items of each of work.groups groups, then
 // `compute(i)` for i < work.compute_items, of which the ones with group_of(i) == g start after group g is prepared.
+// One call of the pool for all of them: waking its threads may take as long as a step.
 // Each of `expected` threads has a share of neighboring items, the same in every run, so that it finds in its own cache
 // what it used before: the weights, and what it wrote in the layer before. Who is done takes over from the others, so
 // nobody waits for a thread that has not yet started: a waiting thread waits only for items that others are working on.
-// `Work` needs: groups, prepare_items, compute_items, prepare, compute, group_of; at most kMaxGroups groups, 2^31 items.
-// `compute` may throw std::bad_alloc, `prepare` nothing. Returns how many threads took part.
+// `Work` needs: survey_items, groups, prepare_items, compute_items, survey, finish_survey, prepare, compute, group_of; at
+// most kMaxGroups groups, 2^31 items.
+// `compute` may throw std::bad_alloc, the others nothing. Returns how many threads took part.
 template <class Work>
 int64_t run_work(const ThreadPool& pool, Work& work, int64_t expected) {
   struct State {
@@ -83,7 +86,9 @@ int64_t run_work(const ThreadPool& pool, Work& work, int64_t expected) {
 
     Work& work;
     const int64_t shares;
-    Share preparing[kMostThreads], computing[kMostThreads];
+    Share surveying[kMostThreads], preparing[kMostThreads], computing[kMostThreads];
+    std::atomic<int64_t> surveyed{0};
+    std::atomic<bool> survey_finished{false};
     std::atomic<int64_t> prepared[kMaxGroups] = {};
     std::atomic<int64_t> threads{0};
     std::atomic<bool> out_of_memory{false};
@@ -95,9 +100,11 @@ int64_t run_work(const ThreadPool& pool, Work& work, int64_t expected) {
       return item;
     }
   };
-  const int64_t total_prepared = work.groups * work.prepare_items, total = total_prepared + work.compute_items;
+  const int64_t total_prepared = work.groups * work.prepare_items;
+  const int64_t total = work.survey_items + total_prepared + work.compute_items;
   State state(work, expected < 1 ? 1 : expected < kMostThreads ? expected : kMostThreads);
   for (int64_t t = 0; t < state.shares; ++t) {
+    state.surveying[t].set(work.survey_items * t / state.shares, work.survey_items * (t + 1) / state.shares);
     state.preparing[t].set(total_prepared * t / state.shares, total_prepared * (t + 1) / state.shares);
     state.computing[t].set(work.compute_items * t / state.shares, work.compute_items * (t + 1) / state.shares);
   }
@@ -112,6 +119,14 @@ int64_t run_work(const ThreadPool& pool, Work& work, int64_t expected) {
       counted = counted || item >= 0;
       return item;
     };
+    for (int64_t item; (item = next(state.surveying)) >= 0;) {
+      work.survey(item);
+      if (state.surveyed.fetch_add(1, std::memory_order_acq_rel) + 1 == work.survey_items) {
+        work.finish_survey();
+        state.survey_finished.store(true, std::memory_order_release);
+      }
+    }
+    while (work.survey_items > 0 && !state.survey_finished.load(std::memory_order_acquire)) std::this_thread::yield();
     for (int64_t item; (item = next(state.preparing)) >= 0;) {
       const int64_t group = item / work.prepare_items;
       work.prepare(group, item % work.prepare_items);

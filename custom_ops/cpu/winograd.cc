@@ -250,6 +250,9 @@ struct WinogradConv::Work {
 
   int64_t elements() const { return (winograd.size_ + 2) * (winograd.size_ + 2); }
   size_t strip_floats() const { return static_cast<size_t>(checked_product(plan.element_stride, elements())); }
+  static constexpr int64_t survey_items = 0;
+  void survey(int64_t) const {}
+  void finish_survey() const {}
   int64_t group_of(int64_t item) const { return item / static_cast<int64_t>(winograd.bundles_.size()); }
 
   void prepare(int64_t strip, int64_t item) {
