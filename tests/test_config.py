@@ -37,13 +37,15 @@ def test_the_first_matching_rule_in_file_order_wins(tmp_path: Path) -> None:
     text = '[layers."z*"]\nsparsity = 0.1\n[layers."*"]\nskip = true\n[layers."za"]\nsparsity = 0.2\n'
     config = load_config(write(tmp_path, text))
     assert [rule.pattern for rule in config.layers] == ["z*", "*", "za"]
-    assert config.for_layer("za") == LayerConfig(0.1, (32, 32), skip=False, explicit=True, own_sparsity=True)
+    assert config.for_layer("za") == LayerConfig(
+        0.1, (32, 32), skip=False, explicit=True, default_block=True, own_sparsity=True
+    )
     assert config.for_layer("b").skip
 
 
 def test_a_rule_may_allow_a_layer_explicitly(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, '[layers."first"]\nskip = false\n'))
-    assert config.for_layer("first") == LayerConfig(0.5, (32, 32), skip=False, explicit=True)
+    assert config.for_layer("first") == LayerConfig(0.5, (32, 32), skip=False, explicit=True, default_block=True)
 
 
 def test_top_level_keys_reach_the_config(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ IMPORTANCES = ("auto", "l1", "l2", "activation", "hessian")  # auto: hessian wit
 MEASURED_IMPORTANCES = ("activation", "hessian")  # need calibration samples
 REORDERS = ("exact", "greedy", "none")
 GATHERS = ("absorb", "keep")
-# The provider that the result is for, and the blocks that suit its kernels: CUDA's tensor cores take 64 rows at a time.
+# The provider that the result is for, and the blocks that suit its kernels: CUDA's tensor cores take 64 rows at a time
+# (and 128 where `cuda_cost.block_height` reckons that a layer gains by it).
 TARGETS = {"cpu": (32, 32), "cuda": (64, 64)}
 PRECISIONS = ("float32", "bf16", "int8")
 # How much to prune where: the same sparsity everywhere, one budget of multiplications, or one of time.
@@ -93,6 +94,7 @@ class LayerConfig:
     block_size: tuple[int, int]
     skip: bool
     explicit: bool  # a rule names this layer, so it is what the user wants, not a default
+    default_block: bool = False  # nobody has set the block size: the target's default, which may depend on the layer
     own_sparsity: bool = False  # the rule gives this layer a sparsity of its own: no allocation changes it
 
 
@@ -150,12 +152,15 @@ class Config:
         """The options of the layer ``name``: its node's name, or its output's name where the node has none."""
         rule = next((r for r in self.layers if fnmatchcase(name, r.pattern)), None)
         if rule is None:
-            return LayerConfig(self.sparsity, self.block_size or TARGETS[self.target], skip=False, explicit=False)
+            default = self.block_size is None
+            block_size = self.block_size or TARGETS[self.target]
+            return LayerConfig(self.sparsity, block_size, skip=False, explicit=False, default_block=default)
         return LayerConfig(
             self.sparsity if rule.sparsity is None else rule.sparsity,
             rule.block_size or self.block_size or TARGETS[self.target],
             skip=bool(rule.skip),
             explicit=True,
+            default_block=not (rule.block_size or self.block_size),
             own_sparsity=rule.sparsity is not None,
         )
 

@@ -200,6 +200,10 @@ def _judge(
 ) -> Candidate:
     options = config.for_layer(str(layer.node.name or layer.name))
     reason = layer.why_dense
+    if not reason and config.target == "cuda" and options.default_block:
+        columns = options.block_size[1]
+        height = cuda_cost.block_height(work, 1 - options.sparsity, columns, *_on_gpu(layer))
+        options = replace(options, block_size=(height, columns))
     block = options.block_size
     if not reason:
         shape = layer.weight_shape[:2]
@@ -245,11 +249,15 @@ def _on_cuda(candidate: Candidate) -> Candidate:
     """The candidate for CUDA: dense where it cannot gain there, and without times, which are a processor's."""
     reason = candidate.why_dense
     if not reason and not candidate.options.explicit:
-        first = candidate.layer.data.shape
-        batch = OPEN_BATCH if first is not None and isinstance(first[0], str) else 1
-        item_size = candidate.layer.weight.dtype.itemsize
+        item_size, batch = _on_gpu(candidate.layer)
         reason = cuda_cost.why_dense(candidate.shape, candidate.density, candidate.block_size, item_size, batch)
     return replace(candidate, why_dense=reason, shape=None)
+
+
+def _on_gpu(layer: Layer) -> tuple[int, int]:
+    """Bytes of a value, and how many times the samples of its shape a layer is reckoned with."""
+    first = layer.data.shape
+    return layer.weight.dtype.itemsize, OPEN_BATCH if first is not None and isinstance(first[0], str) else 1
 
 
 def layer_shapes(graph: gs.Graph, layers: Sequence[Layer]) -> list[LayerShape | None]:

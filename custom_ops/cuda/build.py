@@ -4,7 +4,8 @@
 
 writes, into custom_ops/cuda/prebuilt:
   kernels.tar.xz  kernels.bin (all images, one after the other), kernels.inc (the table of them, C++), signatures.h
-  resources.csv   what the compiler made of each: registers, spilled bytes, shared memory, tensor core instruction;
+  resources.csv   what the compiler made of each: registers, spilled bytes, shared memory, tensor core instruction,
+                  along which side of a tile neighboring threads load and store;
                   tests/custom_ops/cuda/test_resources.py holds rules against it: a regression shows without a GPU
 
 Each variant is compiled for several GPU architectures, and once to PTX for those that have no image of their own, which
@@ -106,7 +107,7 @@ def variants() -> Iterator[Variant]:
     for kind in ("f16", "bf16", "tf32"):
         bk = 64 if ITEM_SIZES[kind] == 2 else 32
         for taps, layout in itertools.product((9, 1), ("nchw", "nhwc")):
-            for bm, bn in ((64, 64), (64, 128), (64, 256), (128, 128)):
+            for bm, bn in ((64, 16), (64, 64), (64, 128), (64, 256), (128, 128)):
                 if bn < 256 or taps == 9:
                     warps = 4 if bm * bn <= 64 * 128 else 8
                     yield Variant("block_sparse_conv", kind, layout, taps, bm, bn, bk, warps)
@@ -121,7 +122,8 @@ def variants() -> Iterator[Variant]:
     for layout in ("nchw", "nhwc", "split"):
         yield Variant("block_sparse_conv", "f32", layout, 0, 32, 64, 32)
     for kind in ("f16", "bf16", "f32"):
-        yield Variant("sum_splits", kind, "nchw")
+        for layout in ("nchw", "nhwc"):
+            yield Variant("sum_splits", kind, layout)
         yield Variant("max_pool", kind, "nhwc")
     for kind in ("i16", "i32", "tf32"):
         for layout in ("nchw", "nhwc"):
@@ -143,7 +145,7 @@ def constants(variant: Variant, architecture: int) -> dict[str, Any]:
             "STAGES": variant.stages(architecture),
         }
     if variant.kernel == "sum_splits":
-        return {"BLOCK": 512}
+        return {"LAST": variant.layout == "nhwc", "BR": 32, "BP": 16}
     if variant.kernel == "max_pool":
         return {"BC": 64, "BP": 16}
     return {"LAST": variant.layout == "nhwc", "ROUND": variant.type == "tf32", "BC": 32, "BP": 64}
@@ -157,6 +159,11 @@ def compile_variant(variant: Variant, architecture: int) -> Any:
 
     import kernels
 
+    def hook(backend: Any, stages: dict[str, Any], *_: Any) -> None:
+        make_ptx = stages["ptx"]
+        stages["ptx"] = lambda source, metadata: cache_pixels(make_ptx(source, metadata), variant)
+
+    triton.knobs.runtime.add_stages_inspection_hook = hook
     function = getattr(kernels, variant.kernel)
     chosen = constants(variant, architecture)
     element = "*" + TRITON_TYPES.get(variant.type, variant.type)
@@ -181,6 +188,39 @@ def compile_variant(variant: Variant, architecture: int) -> Any:
     )
     check(variant, architecture, compiled)
     return compiled
+
+
+def cache_pixels(ptx: str, variant: Variant) -> str:
+    """Let the convolution's loads of x go through the L1 cache, from which the next taps get most of their pixels.
+
+    Triton lets all 16-byte asynchronous loads pass it by (cp.async.cg). Without it each tap of each tile is read from
+    the L2 cache again, which would bound a 3 x 3 convolution; weights are used once by each program and stay out of L1.
+    """
+    if variant.kernel != "block_sparse_conv" or variant.taps == 1:
+        return ptx
+    threads = int(re.search(r"\.reqntid (\d+)", ptx)[1])  # type: ignore[index]
+    parts = ptx.split("cp.async.commit_group;")
+    groups = [i for i, part in enumerate(parts) if "cp.async.c" in part and "shared.global" in part]
+    expected = [
+        max(1, side * variant.bk * ITEM_SIZES[variant.type] // 16 // threads) for side in (variant.bn, variant.bm)
+    ]
+    for number, i in enumerate(groups):
+        # In the order of the source: x, then w, whose loads have one mask for all.
+        found = re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*, (\S+);", parts[i])
+        if len(found) != expected[number % 2] or (number % 2 == 1 and len(set(found)) != 1):
+            raise SystemExit(f"{variant.name}: group {number} has {len(found)} loads, expected {expected[number % 2]}")
+        if number % 2 == 0:
+            parts[i] = parts[i].replace("cp.async.cg.shared.global", "cp.async.ca.shared.global")
+    if not groups or len(groups) % 2:
+        raise SystemExit(f"{variant.name}: {len(groups)} groups of asynchronous loads, expected pairs")
+    return "cp.async.commit_group;".join(parts)
+
+
+def neighbors(ttgir: str) -> str:
+    """For each plain load and store of a tile: the size of the side along which neighboring threads lie."""
+    orders = dict(re.findall(r"^(#\w+) = #ttg\.blocked<\{.*order = \[(\d)", ttgir, re.M))
+    found = re.findall(r"tt\.(load|store) .*: tensor<(\d+)x(\d+)x!tt\.ptr<\w+>, (#\w+)>", ttgir)
+    return " ".join(sorted({f"{access} {sizes[int(orders[layout])]}" for access, *sizes, layout in found}))
 
 
 def parameters(function: Any, constants: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -276,6 +316,7 @@ def build(folder: Path, chosen: list[Variant]) -> None:
                         "warps": compiled.metadata.num_warps,
                         "shared": compiled.metadata.shared,
                         **resources(image),
+                        "neighbors": neighbors(compiled.asm["ttgir"]),
                         "bytes": len(image),
                     }
                 )

@@ -13,6 +13,10 @@ permutation is applied by the store.
 Where the pixels are too few to fill the GPU (batch 1, small maps), SPLIT divides a row's work over several programs,
 whose partial sums `sum_splits` adds up in a fixed order: the result does not depend on timing.
 
+Neighboring threads should touch neighboring values. Where the compiler cannot know which these are (behind a
+permutation or a division by a map's size) it lets neighboring threads go along the first dimension of a tile, so that
+is the one that is contiguous in memory: channels where they are last, else pixels. build.py records it.
+
 The parameters are the contract with conv.cc, which fills them in: build.py checks their order and types against it.
 """
 
@@ -115,13 +119,14 @@ def block_sparse_conv(
         # The sum starts with the addend: at the end, with all sums beside it, it would not fit the registers. (Nor does
         # it here where y is NCHW, whose addresses are more complex: there the addend is left to sum_splits.)
         channel_in = tl.load(output_channel_ptr + row * (BM * parts) + part * BM + m)
+        added = tl.load(
+            addend_ptr + ((p * OC)[None, :] + channel_in[:, None]),
+            mask=p_valid[None, :] & (channel_in >= 0)[:, None],
+            other=0.0,
+        )
         if SWAP:
-            place_in = (p * OC)[:, None] + channel_in[None, :]
-            mask_in = p_valid[:, None] & (channel_in >= 0)[None, :]
-        else:
-            place_in = (p * OC)[None, :] + channel_in[:, None]
-            mask_in = p_valid[None, :] & (channel_in >= 0)[:, None]
-        acc += tl.load(addend_ptr + place_in, mask=mask_in, other=0.0).to(tl.float32)
+            added = tl.trans(added)
+        acc += added.to(tl.float32)
 
     # The tile of the next step is loaded one step ahead: a load whose address depends on another load of the same
     # step would cost the pipeline a stage. The last step reads the spare entry.
@@ -166,19 +171,18 @@ def block_sparse_conv(
         slot = (split * rows + r) * P
         tl.store(y_ptr + slot[:, None] + p[None, :], acc, mask=p_valid[None, :])
     else:
-        # The side that is contiguous in memory becomes the last one, along which neighboring threads store.
-        if SWAP != LAST:
+        if SWAP == LAST:
             acc = tl.trans(acc)
         bias = tl.load(bias_ptr + r)
         channel_out = tl.load(output_channel_ptr + r)
         if LAST:
-            acc += bias[None, :]
-            yp = y_ptr + ((p * OC)[:, None] + channel_out[None, :])
-            mask = p_valid[:, None] & (channel_out >= 0)[None, :]
-        else:
             acc += bias[:, None]
-            yp = y_ptr + ((n * OC * volume + q)[None, :] + (channel_out * volume)[:, None])
+            yp = y_ptr + ((p * OC)[None, :] + channel_out[:, None])
             mask = p_valid[None, :] & (channel_out >= 0)[:, None]
+        else:
+            acc += bias[None, :]
+            yp = y_ptr + ((n * OC * volume + q)[:, None] + (channel_out * volume)[None, :])
+            mask = p_valid[:, None] & (channel_out >= 0)[None, :]
         acc = tl.maximum(acc, low, propagate_nan=tl.PropagateNan.ALL)
         acc = tl.minimum(acc, high, propagate_nan=tl.PropagateNan.ALL)
         tl.store(yp, acc.to(y_ptr.dtype.element_ty), mask=mask)
@@ -188,10 +192,10 @@ def block_sparse_conv(
 def sum_splits(
     partial_ptr,  # float32 [splits, R, P]
     bias_ptr,  # float32 [R]
-    y_ptr,  # [N, OC, volume]; channels-last is a volume of 1
+    y_ptr,  # [N, OC, volume], or with LAST [P, OC]
     addend_ptr,  # like y
     output_channel_ptr,  # int32 [R]
-    R,  # rows, with their padding
+    R,  # rows, with their padding: a multiple of BR
     OC,
     volume,  # OD * OH * OW
     P,  # N * volume
@@ -199,22 +203,29 @@ def sum_splits(
     has_addend,
     low,
     high,
-    BLOCK: tl.constexpr,
+    LAST: tl.constexpr,
+    BR: tl.constexpr,
+    BP: tl.constexpr,
 ):
     """The sum of the partial sums, with bias and activation, at its place in y."""
-    element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    valid = element < R * P
-    r = element // P
-    p = element - r * P
-    channel = tl.load(output_channel_ptr + r, mask=valid, other=-1)
-    valid = valid & (channel >= 0)
-    total = tl.load(bias_ptr + r, mask=valid, other=0.0)
-    source = partial_ptr + element
+    p = tl.program_id(0) * BP + tl.arange(0, BP)
+    r = tl.program_id(1) * BR + tl.arange(0, BR)
+    p_valid = p < P
+    channel = tl.load(output_channel_ptr + r)
+    total = tl.zeros((BR, BP), dtype=tl.float32)
+    source = partial_ptr + ((r * P)[:, None] + p[None, :])
     for _ in range(splits):
-        total += tl.load(source, mask=valid, other=0.0)
+        total += tl.load(source, mask=p_valid[None, :], other=0.0)
         source += R * P
-    n = p // volume
-    place = (n * OC + channel) * volume + (p - n * volume)
+    total += tl.load(bias_ptr + r)[:, None]
+    if LAST:
+        place = (p * OC)[None, :] + channel[:, None]
+        valid = p_valid[None, :] & (channel >= 0)[:, None]
+    else:
+        total = tl.trans(total)
+        n = p // volume
+        place = (n * OC * volume + (p - n * volume))[:, None] + (channel * volume)[None, :]
+        valid = p_valid[:, None] & (channel >= 0)[None, :]
     if has_addend != 0:
         total += tl.load(addend_ptr + place, mask=valid, other=0.0).to(tl.float32)
     total = tl.maximum(total, low, propagate_nan=tl.PropagateNan.ALL)
@@ -243,19 +254,19 @@ def channels_last(
     p_valid = p < P
     if LAST:
         value = tl.load(
-            x_ptr + ((p * C)[:, None] + channel[None, :]),
-            mask=p_valid[:, None] & (channel >= 0)[None, :],
-            other=0,
-        )
-    else:
-        n = p // volume
-        start = n * C * volume + (p - n * volume)
-        value = tl.load(
-            x_ptr + (start[None, :] + (channel * volume)[:, None]),
+            x_ptr + ((p * C)[None, :] + channel[:, None]),
             mask=p_valid[None, :] & (channel >= 0)[:, None],
             other=0,
         )
         value = tl.trans(value)
+    else:
+        n = p // volume
+        start = n * C * volume + (p - n * volume)
+        value = tl.load(
+            x_ptr + (start[:, None] + (channel * volume)[None, :]),
+            mask=p_valid[:, None] & (channel >= 0)[None, :],
+            other=0,
+        )
     if ROUND:
         special = (value & 0x7F800000) == 0x7F800000  # infinity and NaN
         value = tl.where(special, value, (value + 0x1000) & -0x2000)

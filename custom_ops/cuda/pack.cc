@@ -8,12 +8,16 @@
 namespace tetris::cuda {
 namespace {
 
-// The division of one side of the weight, of `size` channels in blocks of `block`, into groups of at most `tile`.
+// The division of one side of the weight, of `size` channels in blocks of `block`, into groups of at most `tile`. Inside
+// a group, where the order is free, channels are in the order that the tensor has them in (`perm`): neighboring threads
+// then load and store values that lie as near to each other as can be.
 struct Division {
   std::vector<int64_t> first, count;           // channels of each group, in reordered order
   std::vector<int64_t> group_begin, group_end;  // groups of each block
+  std::vector<int64_t> place;                    // of each reordered channel in its group
+  std::vector<int32_t> channels;                 // the tensor's channel of each place in the groups; -1 for padding
 
-  Division(int64_t size, int64_t block, int64_t tile) {
+  Division(int64_t size, int64_t block, int64_t tile, const int64_t* perm) {
     const int64_t blocks = (size + block - 1) / block;
     const int64_t together = std::max<int64_t>(1, tile / block);  // blocks in a group
     for (int64_t b = 0; b < blocks; ++b) {
@@ -30,16 +34,20 @@ struct Division {
       }
       group_end.push_back(static_cast<int64_t>(first.size()));
     }
+    channels.assign(static_cast<size_t>(groups() * tile), -1);
+    place.resize(static_cast<size_t>(size));
+    std::vector<int64_t> sorted;
+    for (int64_t g = 0; g < groups(); ++g) {
+      sorted.resize(static_cast<size_t>(count[g]));
+      std::iota(sorted.begin(), sorted.end(), first[g]);
+      std::sort(sorted.begin(), sorted.end(), [&](int64_t a, int64_t b) { return perm[a] < perm[b]; });
+      for (int64_t i = 0; i < count[g]; ++i) {
+        place[sorted[i]] = i;
+        channels[g * tile + i] = static_cast<int32_t>(perm[sorted[i]]);
+      }
+    }
   }
   int64_t groups() const { return static_cast<int64_t>(first.size()); }
-  // The channel of each place in the groups, by `perm`; -1 for padding.
-  std::vector<int32_t> channels(const int64_t* perm, int64_t tile) const {
-    std::vector<int32_t> channels(static_cast<size_t>(groups() * tile), -1);
-    for (int64_t g = 0; g < groups(); ++g) {
-      for (int64_t i = 0; i < count[g]; ++i) channels[g * tile + i] = static_cast<int32_t>(perm[first[g] + i]);
-    }
-    return channels;
-  }
 };
 
 uint32_t bits_of(float value) {
@@ -119,11 +127,11 @@ PackedWeight pack(const BlockSparseWeight& weight, Type type) {
   PackedWeight packed{};
   packed.bm = !tall ? 32 : weight.block_outputs % 128 == 0 ? 128 : 64;
   packed.bk = tall && item_size(type) == 2 ? 64 : 32;
-  const Division out(weight.outputs, weight.block_outputs, packed.bm);
-  const Division in(weight.inputs, weight.block_inputs, packed.bk);
+  const Division out(weight.outputs, weight.block_outputs, packed.bm, weight.output_perm);
+  const Division in(weight.inputs, weight.block_inputs, packed.bk, weight.input_perm);
   packed.rows = out.groups();
-  packed.output_channel = out.channels(weight.output_perm, packed.bm);
-  packed.input_channel = in.channels(weight.input_perm, packed.bk);
+  packed.output_channel = out.channels;
+  packed.input_channel = in.channels;
   packed.bias.assign(packed.output_channel.size(), 0.0F);
   for (size_t i = 0; i < packed.bias.size(); ++i) {
     if (weight.bias != nullptr && packed.output_channel[i] >= 0) packed.bias[i] = weight.bias[packed.output_channel[i]];
@@ -175,7 +183,7 @@ PackedWeight pack(const BlockSparseWeight& weight, Type type) {
           for (int64_t k = column_begin; k < column_end; ++k) {
             const float* taps = weight.at(b, m - row * weight.block_outputs, k - column * weight.block_inputs);
             for (int64_t t = 0; t < weight.taps; ++t) {
-              const int64_t at = ((tile * weight.taps + t) * packed.bm + m - out.first[r]) * packed.bk + k - in.first[c];
+              const int64_t at = ((tile * weight.taps + t) * packed.bm + out.place[m]) * packed.bk + in.place[k];
               store(packed.values.data(), at, taps[t], type);
             }
           }

@@ -19,9 +19,17 @@ constexpr int64_t kInt32 = INT32_MAX;
 #endif
 constexpr int64_t kMaxValues = TETRIS_CUDA_MAX_VALUES;
 constexpr int64_t kChannelTile = 32, kPixelTile = 64;  // of channels_last
-constexpr int64_t kSumBlock = 512;                     // values that one program of sum_splits adds up
-constexpr int64_t kMaxSplits = 32;
-constexpr int64_t kLeastSteps = 8;  // of a split: fewer, and filling the pipeline takes longer than the work
+constexpr int64_t kSumRows = 32, kSumPixels = 16;      // of sum_splits
+constexpr int64_t kSplits[] = {2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32};
+
+// What `microseconds` reckons with, for one multiprocessor of an H100: kilobytes a microsecond from the L2 cache and from
+// L1 and shared memory, millions of multiplications and additions a microsecond by type; what a program takes before its
+// first product and after its last, what sum_splits takes to start, the least time of a step. From data sheets and
+// published measurements; what is measured here goes into tiles.csv, which goes before it. tetris_onnx/cuda_cost.py
+// predicts with the same numbers (tests/custom_ops/cuda/test_choice.py).
+constexpr double kL2 = 42, kL1 = 225, kFill = 1.5, kSum = 2.0, kStep = 0.1;
+constexpr double kMultiplications[] = {3.75, 3.75, 1.875, 0.22};  // f16, bf16, tf32, f32
+constexpr double kReuse = 0.6;  // of the pixels that several taps read, the share that L1 still holds
 
 const char* name_of(Type type) {
   switch (type) {
@@ -58,6 +66,7 @@ SparseKernel::SparseKernel(int device, Type type, const Window& window, const Bl
   rows_ = packed.rows;
   channels_ = static_cast<int64_t>(packed.input_channel.size());
   most_tiles_ = packed.most_tiles();
+  mean_tiles_ = static_cast<double>(packed.tile_begin.back()) / static_cast<double>(packed.rows);
   in_order_ = packed.input_in_order() && channels_ == inputs_;
 
   std::vector<unsigned char> data;
@@ -100,7 +109,8 @@ SparseKernel::SparseKernel(int device, Type type, const Window& window, const Bl
   }
   const std::string elements = type == Type::tf32 ? "tf32" : item_size(type) == 2 ? "i16" : "i32";
   channels_last_ = &device_.kernel("channels_last_" + elements + (last.input ? "_nhwc" : "_nchw"));
-  sum_splits_ = &device_.kernel(std::string("sum_splits_") + (type == Type::tf32 ? "f32" : name_of(type)) + "_nchw");
+  sum_splits_ = &device_.kernel(std::string("sum_splits_") + (type == Type::tf32 ? "f32" : name_of(type)) +
+                                (last.output ? "_nhwc" : "_nchw"));
 
   if (const char* forced = std::getenv("TETRIS_ONNX_CUDA_TILE"); forced != nullptr && *forced != '\0') {
     long long bm = 0, bn = 0, splits = 0;
@@ -120,12 +130,30 @@ TileChoice SparseKernel::describe(int64_t pixels) const {
   return {device_.capability(), type_, kernel_taps_, bm_, rows_, std::max<int64_t>(most_tiles_ * taps_, 1), pixels, 0, 0, 0};
 }
 
-// What was measured for a layer like this one. Else the largest tile that still makes a program for each multiprocessor:
-// large tiles read less for each product. Where even the smallest leaves some idle, the sums are split.
+// The time of a launch: each program goes through its steps, one tile of weights and of pixels each, at the pace of what
+// is slowest: the L2 cache, L1 and shared memory, or the tensor cores. Taps but the first find most of their pixels in L1.
+double SparseKernel::microseconds(const Tile& tile, int64_t splits, int64_t pixels) const {
+  const double item = item_size(type_), weights = 1e-3 * tile.bm * tile.bk * item, x = 1e-3 * tile.bn * tile.bk * item;
+  const double uses = kernel_taps_ == 1 ? 1.0
+                                        : kReuse * static_cast<double>(taps_) /
+                                              static_cast<double>(window_.strides[0] * window_.strides[1] * window_.strides[2]);
+  const double l2 = weights + x / std::max(uses, 1.0);
+  const double l1 = 2 * weights + (kernel_taps_ == 1 ? 2 : 3) * x;
+  const double multiplications = 1e-6 * tile.bm * tile.bn * tile.bk / kMultiplications[static_cast<int>(type_)];
+  const double step = std::max({l2 / kL2, l1 / kL1, multiplications, kStep});
+  const int64_t programs = ceil_div(pixels, tile.bn) * rows_ * (bm_ / tile.bm) * splits;
+  const auto rounds = static_cast<double>(ceil_div(programs, device_.multiprocessors()));
+  const double steps = std::max(1.0, mean_tiles_ * static_cast<double>(taps_) / static_cast<double>(splits));
+  const double alone = kFill + rounds * steps * step;
+  if (tile.layout != Layout::split) return alone;
+  const double partial = 1e-3 * 2 * sizeof(float) * static_cast<double>(splits * rows_ * bm_) * static_cast<double>(pixels);
+  return alone + kSum + partial / (kL2 * device_.multiprocessors());
+}
+
+// What was measured for a layer like this one; else what is reckoned to be the fastest.
 SparseKernel::Plan SparseKernel::plan(int64_t pixels, bool must_split) const {
-  const int64_t processors = device_.multiprocessors(), steps = most_tiles_ * taps_;
-  int64_t bm = forced_bm_, bn = forced_bn_, forced_splits = forced_splits_;
-  if (bm == 0 && bn == 0 && forced_splits == 0) {
+  int64_t bm = forced_bm_, bn = forced_bn_, splits = forced_splits_;
+  if (bm == 0 && bn == 0 && splits == 0) {
     const TileChoice* choice = find_choice(choices_, describe(pixels));
     const std::vector<Candidate>& among = choice != nullptr && choice->splits > 1 ? split_ : whole_;
     const bool compiled = std::any_of(among.begin(), among.end(), [&](const Candidate& candidate) {
@@ -134,38 +162,41 @@ SparseKernel::Plan SparseKernel::plan(int64_t pixels, bool must_split) const {
     if (compiled) {
       bm = choice->bm;
       bn = choice->bn;
-      forced_splits = choice->splits;
+      splits = choice->splits;
     }
   }
-  auto programs = [&](const Tile& tile) { return ceil_div(pixels, tile.bn) * rows_ * (bm_ / tile.bm); };
-  auto allowed = [&](const Tile& tile) { return (bm == 0 || tile.bm == bm) && (bn == 0 || tile.bn == bn); };
-  const Candidate* best = nullptr;
-  for (const Candidate& candidate : whole_) {
-    if (!allowed(*candidate.tile)) continue;
-    if (best == nullptr || programs(*candidate.tile) >= processors) best = &candidate;
-  }
-  const Candidate* split = nullptr;
-  for (const Candidate& candidate : split_) {
-    if (!must_split && !allowed(*candidate.tile)) continue;
-    // The widest, as tall as the weight's rows, unless the pixels fit a narrower one.
-    if (split == nullptr || (split->tile->bn < pixels && candidate.tile->bn > split->tile->bn) ||
-        (candidate.tile->bn == split->tile->bn && candidate.tile->bm > split->tile->bm)) {
-      split = &candidate;
+  const int64_t steps = std::max<int64_t>(most_tiles_ * taps_, 1);
+  const int64_t room = kMaxValues / checked_product(rows_ * bm_, pixels);  // partial sums have 32-bit offsets too
+  Plan best{nullptr, nullptr, 1};
+  double least = 0;
+  auto consider = [&](const Candidate& candidate, int64_t count) {
+    const double time = microseconds(*candidate.tile, count, pixels);
+    if (best.tile == nullptr || time < least) {
+      best = {candidate.tile, candidate.kernel, count};
+      least = time;
     }
-  }
-  if (split != nullptr && (forced_splits != 1 || must_split)) {
-    const int64_t wanted = forced_splits != 0 ? forced_splits : ceil_div(2 * processors, programs(*split->tile));
-    const int64_t most = forced_splits != 0 ? steps : std::min(kMaxSplits, steps / kLeastSteps);
-    const int64_t room = kMaxValues / checked_product(rows_ * bm_, pixels);  // partial sums have 32-bit offsets too
-    const int64_t splits = std::max<int64_t>(1, std::min(wanted, most));
-    const bool idle = best == nullptr || programs(*best->tile) < processors;
-    if (must_split) return {split->tile, split->kernel, std::min(splits, std::max<int64_t>(room, 1))};
-    if (splits <= room && splits > 1 && (idle || forced_splits > 1)) return {split->tile, split->kernel, splits};
-  }
-  if (best == nullptr) {  // a forced tile that this layer has not
-    best = &whole_.front();
-  }
-  return {best->tile, best->kernel, 1};
+  };
+  auto search = [&](int64_t rows, int64_t columns, int64_t parts) {
+    auto allowed = [&](const Tile& tile) {
+      return (rows == 0 || tile.bm == rows) && (columns == 0 || tile.bn == columns);
+    };
+    if (!must_split && parts <= 1) {
+      for (const Candidate& candidate : whole_) {
+        if (allowed(*candidate.tile)) consider(candidate, 1);
+      }
+    }
+    for (const Candidate& candidate : split_) {
+      if (!allowed(*candidate.tile)) continue;
+      if (must_split && parts <= 1) consider(candidate, 1);
+      if (parts > 1 && std::min({parts, steps, room}) > 1) consider(candidate, std::min({parts, steps, room}));
+      for (const int64_t count : kSplits) {
+        if (parts == 0 && count <= std::min(steps, room)) consider(candidate, count);
+      }
+    }
+  };
+  search(bm, bn, splits);
+  if (best.tile == nullptr) search(0, 0, 0);  // a forced choice that this layer has not
+  return best;
 }
 
 void SparseKernel::run(DevicePointer x, int64_t batch, const Size& input, const Size& output, DevicePointer addend,
@@ -222,9 +253,8 @@ void SparseKernel::run(DevicePointer x, int64_t batch, const Size& input, const 
         activation_.high);
     if (split) {
       sum_splits_->launch<k_sum_splits>(
-          ceil_div(rows_ * bm_ * out_pixels, kSumBlock), 1, 1, stream, partial, bias_, target, added, output_channel_,
-          narrow(rows_ * bm_), narrow(outputs_), narrow(last_.output ? 1 : out_volume), narrow(out_pixels),
-          narrow(plan.splits), int32_t{added != 0}, activation_.low, activation_.high);
+          ceil_div(out_pixels, kSumPixels), rows_ * bm_ / kSumRows, 1, stream, partial, bias_, target, added, output_channel_,
+          narrow(rows_ * bm_), narrow(outputs_), narrow(out_volume), narrow(out_pixels), narrow(plan.splits), int32_t{added != 0}, activation_.low, activation_.high);
     }
   }
 }

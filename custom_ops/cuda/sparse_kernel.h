@@ -52,6 +52,7 @@ class SparseKernel {
     const Tile* tile;
     const Kernel* kernel;
   };
+  double microseconds(const Tile& tile, int64_t splits, int64_t pixels) const;
   // `must_split`: through sum_splits, even if there is one split only.
   Plan plan(int64_t pixels, bool must_split) const;
 
@@ -65,6 +66,7 @@ class SparseKernel {
   // Of the packed weight, which itself is in device memory only.
   int bm_, bk_;
   int64_t rows_, channels_, most_tiles_;
+  double mean_tiles_;  // of a row
   bool in_order_;
   std::unique_ptr<Device::Memory> memory_;
   DevicePointer values_, bias_, tile_begin_, channel_tile_, row_order_, output_channel_, input_channel_;

@@ -297,15 +297,17 @@ def _limited(values: Array, arguments: dict[str, Any]) -> Array:
 
 def _sum(launch: Launch) -> None:
     a = launch.arguments
-    assert launch.grid == (math.ceil(a["R"] * a["P"] / 512), 1, 1)
+    last = launch.variant.layout == "nhwc"
+    assert launch.grid == (math.ceil(a["P"] / 16), a["R"] / 32, 1)
     partial = view(a["partial_ptr"], "f32", a["splits"] * a["R"] * a["P"]).reshape(a["splits"], a["R"], a["P"])
     channel = view(a["output_channel_ptr"], "i32", a["R"])
     total = view(a["bias_ptr"], "f32", a["R"])[:, None] + np.zeros((1, a["P"]), np.float32)
     for part in partial:
         total = total + part
-    images = a["P"] // a["volume"]
-    shape = images, a["OC"], a["volume"]
-    total = total[channel >= 0].reshape(-1, images, a["volume"]).swapaxes(0, 1)
+    volume = 1 if last else a["volume"]
+    images = a["P"] // volume
+    shape = images, a["OC"], volume
+    total = total[channel >= 0].reshape(-1, images, volume).swapaxes(0, 1)
     channel = channel[channel >= 0]
     if a["has_addend"]:
         addend = view(a["addend_ptr"], launch.variant.type, a["P"] * a["OC"]).reshape(shape)
