@@ -143,6 +143,8 @@ def test_one_model_has_no_ratio(tmp_path: Path) -> None:
 def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(BenchError, match="have to be positive"):
         bench(net(), rounds=0)
+    with pytest.raises(BenchError, match="a CUDA graph needs the provider cuda"):
+        bench(net(), cuda_graph=True)
     fixed = net()
     fixed.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
     fixed.graph.output[0].type.tensor_type.shape.dim[0].dim_value = 2

@@ -11,7 +11,7 @@ import pytest
 from onnx import parser
 
 from tetris_onnx import runtime
-from tetris_onnx.session import SessionError, open_session, run, uses_our_ops
+from tetris_onnx.session import SessionError, open_session, resident, run, uses_our_ops
 
 PLAIN = '<ir_version: 8, opset_import: ["" : 17]> g (float[N, 3] x) => (float[N, 3] y) { y = Relu(x) }'
 
@@ -57,6 +57,23 @@ def test_a_provider_that_is_not_there_is_said_to_be_missing(monkeypatch: pytest.
     monkeypatch.setattr("onnxruntime.InferenceSession.get_providers", lambda self: ["CPUExecutionProvider"])
     with pytest.raises(SessionError, match="does not start on this machine"):
         open_session(plain(), "cuda")
+
+
+def test_a_resident_run_uses_the_same_memory_each_time() -> None:
+    session, x = open_session(plain()), np.array([[-1, 0, 2]], np.float32)
+    bindings = []
+    make = session.io_binding
+    session.io_binding = lambda: bindings.append(make()) or bindings[-1]
+    turn = resident(session, {"x": x}, "m", "cpu")
+    (bound,) = bindings[0].get_outputs()
+    x[0, 0] = 7  # on the processor the device's memory is that of the array
+    for _ in range(2):
+        turn()
+    (y,) = bindings[0].get_outputs()
+    assert y.data_ptr() == bound.data_ptr()
+    assert bound.numpy().tolist() == [[7, 0, 2]]
+    with pytest.raises(SessionError, match=r"^m: does not run on cpu \(.*\)$"):
+        resident(session, {"wrong": x}, "m", "cpu")
 
 
 def test_without_onnxruntime_there_is_one_line_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:

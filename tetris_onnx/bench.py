@@ -31,9 +31,9 @@ from tetris_onnx.calibration import (
     session_inputs,
 )
 from tetris_onnx.processor import cpu_name
-from tetris_onnx.profiling import LayerTiming, profile, totals, wait_until_idle
+from tetris_onnx.profiling import LayerTiming, Placement, placements, profile, totals, wait_until_idle
 from tetris_onnx.runtime import import_onnxruntime
-from tetris_onnx.session import ModelSource, model_name, open_session, run
+from tetris_onnx.session import CUDA_GRAPH, ModelSource, model_name, open_session, resident, run
 
 SECONDS = 5.0
 _MIN_ROUNDS = 5
@@ -80,6 +80,8 @@ class BenchResult:
     speedup: float | None  # median of a / median of b; None for one model
     interval: tuple[float, float] | None  # 95 %, of the speed-up
     layers: tuple[LayerTiming, ...] = ()
+    placements: tuple[Placement, ...] = ()  # of each model, where the provider is not the processor
+    cuda_graph: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON types."""
@@ -101,24 +103,35 @@ def bench(
     seed: int = 0,
     data: str | Path | Samples | None = None,
     shapes: Shapes | None = None,
+    cuda_graph: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> BenchResult:
     """Time model ``a``, or ``a`` against ``b``, on the same ``batch`` samples of ``data`` (random without).
 
     ``rounds``: how many, else as many as fit in ``seconds``, at least 5. ``progress`` is called with the share that is
-    done. Raises `BenchError`, `CalibrationError` or `SessionError`.
+    done. On a GPU inputs and outputs stay in its memory: copies to it are not timed. ``cuda_graph``: each run there is
+    one launch of a captured graph. Raises `BenchError`, `CalibrationError` or `SessionError`.
     """
     if threads < 1 or batch < 1 or (rounds is not None and rounds < 1) or seconds <= 0:
         raise BenchError("threads, batch, rounds and seconds have to be positive")
+    if cuda_graph and provider != "cuda":
+        raise BenchError("a CUDA graph needs the provider cuda")
     models = [a] if b is None else [a, b]
     names = [model_name(model) for model in models]
     machine = _machine()
-    sessions = [open_session(model, provider, threads) for model in models]
-    feeds = _feeds(sessions, names, batch, seed, data, shapes)
-    turns: list[Callable[[], object]] = [
-        (lambda s=session, f=feed, n=name: run(s, f, n))  # type: ignore[misc]
-        for session, feed, name in zip(sessions, feeds, names, strict=True)
-    ]
+    options = CUDA_GRAPH if cuda_graph else None
+    sessions = [open_session(model, provider, threads, provider_options=options) for model in models]
+    # A captured graph has one size and one place of its inputs: their sizes are found out without.
+    trials = [open_session(model, provider, threads) for model in models] if cuda_graph else sessions
+    feeds = _feeds(trials, names, batch, seed, data, shapes)
+    turns: list[Callable[[], object]]
+    if provider == "cpu":
+        turns = [
+            (lambda s=session, f=feed, n=name: run(s, f, n))  # type: ignore[misc]
+            for session, feed, name in zip(sessions, feeds, names, strict=True)
+        ]
+    else:
+        turns = [resident(s, f, n, provider) for s, f, n in zip(sessions, feeds, names, strict=True)]
     times, runs = interleave(turns, rounds, seconds, settle=threads > 1, progress=progress)
     timings = tuple(
         Timing(name, 1e3 * float(np.median(times[:, i, 0])), 1e3 * float(times[:, i, 1].min()), runs[i])
@@ -129,16 +142,20 @@ def bench(
         speedup = timings[0].median_ms / timings[1].median_ms
         interval = _ratio_interval(times[:, 0, 0], times[:, 1, 0], seed)
     layers: tuple[LayerTiming, ...] = ()
+    del sessions, trials, turns
     if per_layer:
-        del sessions, turns
         layers = profile(models, feeds, names, provider, threads)
-    return BenchResult(machine, provider, threads, batch, len(times), timings, speedup, interval, layers)
+    placed = placements(models, feeds, names, provider) if provider != "cpu" else ()
+    return BenchResult(
+        machine, provider, threads, batch, len(times), timings, speedup, interval, layers, placed, cuda_graph
+    )
 
 
 def print_bench(result: BenchResult, console: Console) -> None:
     """Print a measurement as a table, the layers below it."""
     machine = result.machine
-    title = f"{result.provider}, threads {result.threads}, batch {result.batch}, {result.rounds} rounds"
+    provider = f"{result.provider}, CUDA graph" if result.cuda_graph else result.provider
+    title = f"{provider}, threads {result.threads}, batch {result.batch}, {result.rounds} rounds"
     table = Table(title=title, title_justify="left")
     for header in ("model", "median ms", "min ms", "runs"):
         table.add_column(header, justify="left" if header == "model" else "right", overflow="fold")
@@ -154,6 +171,15 @@ def print_bench(result: BenchResult, console: Console) -> None:
                 style="yellow",
                 highlight=False,
             )
+    for place in result.placements:
+        if place.elsewhere or place.copies:
+            console.print(
+                f"note: of {place.nodes} nodes of {place.model}, onnxruntime ran {len(place.elsewhere)} on another "
+                f"provider ({_listing(place.elsewhere)}) and copied {len(place.copies)} values between CPU and GPU",
+                style="yellow",
+                highlight=False,
+                markup=False,
+            )
     if result.layers:
         console.print(_layer_table(result))
     console.print(f"onnxruntime {machine.onnxruntime} on {machine.cpu}, {machine.cores} cores", highlight=False)
@@ -164,6 +190,10 @@ def print_bench(result: BenchResult, console: Console) -> None:
             style="yellow",
             highlight=False,
         )
+
+
+def _listing(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _layer_table(result: BenchResult) -> Table:

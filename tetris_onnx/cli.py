@@ -425,6 +425,9 @@ def bench(
         typer.Option(help=".npz with one array per input.", show_default="random"),
     ] = None,
     shape: Shape = None,
+    cuda_graph: Annotated[
+        bool, typer.Option("--cuda-graph", help="With --provider cuda: capture a run, replay it.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the random inputs.")] = 0,
     json: Json = False,
 ) -> None:
@@ -449,6 +452,7 @@ def bench(
                 seed=seed,
                 data=data,
                 shapes=shapes,
+                cuda_graph=cuda_graph,
                 progress=percent_of("bench", progress),
             )
         results.append(result)

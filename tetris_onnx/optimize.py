@@ -41,6 +41,7 @@ from tetris_onnx.passes import (
     fuse_add_and_pool,
     fuse_batchnorm,
     fuse_epilogue,
+    group_channels,
     join_quantized,
     lower_block_sparse,
     lower_first_layer,
@@ -340,6 +341,8 @@ def pipeline(
     ]
     if gathers == "absorb":
         steps.append(("absorb_gathers", absorb_gathers))
+        if target == "cuda":
+            steps.append(("group_channels", group_channels))
     if target == "cpu":
         steps.append(("lower_first_layer", lower_first_layer))
     steps += [("join_quantized", join_quantized), ("fuse_epilogue", fuse_epilogue)]

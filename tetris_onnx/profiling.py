@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from tetris_onnx.calibration import Samples
 from tetris_onnx.graph.layers import DOMAIN, OUR_OPS
-from tetris_onnx.session import ModelSource, open_session, run
+from tetris_onnx.session import PROVIDERS, ModelSource, open_session, run
 
 LAYER, CONVERSION, OTHER = "layer", "conversion", "other"
 _WEIGHT_OPS = ("Conv", "Gemm", "MatMul", "ConvTranspose", *OUR_OPS)
@@ -137,6 +137,42 @@ def profile(
         counted = take_turns(turns, settle=threads > 1 and len(turns) > 1)
         events = [json.loads(Path(s.end_profiling()).read_text(encoding="utf-8")) for s in sessions]
     return align([collect(e, p, c) for e, p, c in zip(events, protos, counted, strict=True)])
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where onnxruntime ran the nodes of a model."""
+
+    model: str
+    nodes: int
+    elsewhere: tuple[str, ...]  # those that another provider ran than the one that was asked for
+    copies: tuple[str, ...]  # those that copy between the memories of two providers
+
+
+def placements(
+    models: Sequence[ModelSource], feeds: Sequence[Samples], names: Sequence[str], provider: str
+) -> tuple[Placement, ...]:
+    """Where the nodes of each model run, by onnxruntime's own account of one run. Raises `SessionError`."""
+    with tempfile.TemporaryDirectory(prefix="tetris-onnx-") as folder:
+        found = []
+        for i, (model, feed, name) in enumerate(zip(models, feeds, names, strict=True)):
+            session = open_session(named(model), provider, profile=Path(folder) / f"profile{i}")
+            run(session, feed, name)
+            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+            found.append(placement(events, name, PROVIDERS[provider]))
+    return tuple(found)
+
+
+def placement(events: Iterable[Mapping[str, Any]], model: str, provider: str) -> Placement:
+    """What the events of a profile say of a model that was to run on ``provider`` (onnxruntime's name of it)."""
+    ran = {
+        event["name"].removesuffix("_kernel_time"): (event["args"]["op_name"], event["args"]["provider"])
+        for event in events
+        if event.get("cat") == "Node" and "provider" in event.get("args", {})
+    }
+    elsewhere = tuple(node for node, (_, where) in ran.items() if where != provider)
+    copies = tuple(node for node, (op_type, _) in ran.items() if op_type.startswith("Memcpy"))
+    return Placement(model, len(ran), elsewhere, copies)
 
 
 def take_turns(turns: Sequence[Callable[[], object]], settle: bool) -> list[list[bool]]:

@@ -5,6 +5,8 @@ A model that tetris-onnx wrote also runs without it (each block-sparse op carrie
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -67,6 +69,14 @@ def register(session_options: onnxruntime.SessionOptions) -> None:
     session_options.register_custom_ops_library(str(get_library_path()))
 
 
+def preload_cuda() -> None:
+    """Load CUDA's libraries from their pip packages, where they are installed so; else the system's are found later."""
+    preload = getattr(import_onnxruntime(), "preload_dlls", None)  # from onnxruntime 1.21
+    if preload is not None:
+        with contextlib.redirect_stdout(io.StringIO()):  # what it prints, onnxruntime says again where it matters
+            preload()
+
+
 def InferenceSession(
     path_or_bytes: str | bytes | os.PathLike[str],
     sess_options: onnxruntime.SessionOptions | None = None,
@@ -84,5 +94,7 @@ def InferenceSession(
     if providers is None:
         wanted = ["CUDAExecutionProvider", "CPUExecutionProvider"]
         providers = [provider for provider in wanted if provider in ort.get_available_providers()]
+    if any("CUDAExecutionProvider" in (provider, provider[0]) for provider in providers):
+        preload_cuda()
     model = path_or_bytes if isinstance(path_or_bytes, bytes) else os.fspath(path_or_bytes)
     return ort.InferenceSession(model, options, providers=providers, provider_options=provider_options)

@@ -6,11 +6,12 @@ Models with our ops run through the op library, all others through onnxruntime a
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
+import numpy as np
 import onnx
 from numpy.typing import NDArray
 
@@ -22,6 +23,8 @@ from tetris_onnx.graph.layers import DOMAIN
 ModelSource: TypeAlias = str | Path | onnx.ModelProto
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+DEVICES = {"cpu": "cpu", "cuda": "cuda"}  # whose memory a provider works in
+CUDA_GRAPH = {"enable_cuda_graph": "1"}
 _FATAL = 4  # onnxruntime's log level: what it says is in the exception too
 
 
@@ -40,12 +43,17 @@ def uses_our_ops(model: onnx.ModelProto) -> bool:
 
 
 def open_session(
-    model: ModelSource, provider: str = "cpu", threads: int | None = None, profile: Path | None = None
+    model: ModelSource,
+    provider: str = "cpu",
+    threads: int | None = None,
+    profile: Path | None = None,
+    provider_options: Mapping[str, str] | None = None,
 ) -> Any:
     """An onnxruntime session of ``model`` on ``provider`` ("cpu" or "cuda").
 
     ``threads``: of one operator (None: onnxruntime's own choice); operators run one after another. ``profile``: prefix
-    of the file that the session's ``end_profiling`` writes. Raises `SessionError`.
+    of the file that the session's ``end_profiling`` writes. ``provider_options``: onnxruntime's own, of ``provider``.
+    Raises `SessionError`.
     """
     ort = runtime.import_onnxruntime()
     if provider not in PROVIDERS:
@@ -62,7 +70,11 @@ def open_session(
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
-    providers = list(dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]]))
+    providers: list[Any] = list(dict.fromkeys([PROVIDERS[provider], PROVIDERS["cpu"]]))
+    if provider_options:
+        providers[0] = providers[0], dict(provider_options)
+    if provider == "cuda":
+        runtime.preload_cuda()
     name = model_name(model)
     try:
         if isinstance(model, onnx.ModelProto):
@@ -129,6 +141,39 @@ def run(session: Any, feed: Samples, name: str) -> Sequence[NDArray]:
         return session.run(None, feed)
     except Exception as error:  # see open_session
         raise SessionError(f"{name}: does not run ({_one_line(error)})") from None
+
+
+def resident(session: Any, feed: Samples, name: str, provider: str) -> Callable[[], None]:
+    """A function that runs a session on inputs and into outputs that stay in the memory of ``provider``'s device.
+
+    Each call returns when the run is over. The memory is the same each time, as CUDA graphs need it (`CUDA_GRAPH`).
+    Calls raise `SessionError`, and so does this.
+    """
+    ort = runtime.import_onnxruntime()
+    binding, options = session.io_binding(), ort.RunOptions()
+    options.add_run_config_entry("gpu_graph_id", "-1")  # the first run finds the outputs' sizes: it is not captured
+    try:
+        for key, value in feed.items():
+            there = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), DEVICES[provider], 0)
+            binding.bind_ortvalue_input(key, there)
+        for output in session.get_outputs():
+            binding.bind_output(output.name, DEVICES[provider], 0)
+        session.run_with_iobinding(binding, options)
+        outputs = binding.get_outputs()
+        binding.clear_binding_outputs()
+        for output, value in zip(session.get_outputs(), outputs, strict=True):
+            binding.bind_ortvalue_output(output.name, value)
+    except Exception as error:  # see open_session
+        raise SessionError(f"{name}: does not run on {provider} ({_one_line(error)})") from None
+
+    def turn() -> None:
+        try:
+            session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+        except Exception as error:
+            raise SessionError(f"{name}: does not run on {provider} ({_one_line(error)})") from None
+
+    return turn
 
 
 def _one_line(error: Exception) -> str:

@@ -7,6 +7,7 @@ from tetris_onnx.passes.fold_gathers import fold_gathers
 from tetris_onnx.passes.fuse_add_and_pool import fuse_add_and_pool
 from tetris_onnx.passes.fuse_batchnorm import fuse_batchnorm
 from tetris_onnx.passes.fuse_epilogue import fuse_epilogue
+from tetris_onnx.passes.group_channels import group_channels
 from tetris_onnx.passes.join_quantized import join_quantized
 from tetris_onnx.passes.lower_block_sparse import lower_block_sparse
 from tetris_onnx.passes.lower_first_layer import lower_first_layer
@@ -29,6 +30,7 @@ __all__ = [
     "fuse_add_and_pool",
     "fuse_batchnorm",
     "fuse_epilogue",
+    "group_channels",
     "join_quantized",
     "lower_block_sparse",
     "lower_first_layer",

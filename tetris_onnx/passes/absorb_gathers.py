@@ -40,7 +40,7 @@ def _into_producer(graph: gs.Graph, gather: gs.Node, perm: NDArray[np.int64], ax
     layer = layer_of(value.inputs[0]) if value.inputs else None
     if layer is None or layer.out_axis != axis or not reads_alone(graph, gather, value):
         return
-    _write_in_order(layer, perm)
+    write_in_order(layer, perm)
     # The result keeps the name that its readers know it by.
     result = gather.outputs[0]
     remove_node(graph, gather)
@@ -61,13 +61,13 @@ def _into_region(graph: gs.Graph, gather: gs.Node, perm: NDArray[np.int64], axis
     for source in region.sources:
         layer = layer_of(source.node)
         assert layer is not None
-        _write_in_order(layer, order)
+        write_in_order(layer, order)
     permute_parameters(region, order)
     for sink in region.sinks:
-        _undo(graph, sink, order)
+        undo(graph, sink, order)
 
 
-def _undo(graph: gs.Graph, sink: End, order: NDArray[np.int64]) -> None:
+def undo(graph: gs.Graph, sink: End, order: NDArray[np.int64]) -> None:
     """Let ``sink`` see its channels as they were before they got into ``order``."""
     undo = expand(inverse(order), sink.where.outer, sink.where.inner)
     following = gather_permutation(sink.node)
@@ -122,7 +122,7 @@ def _read_in_order(layer: Layer, perm: NDArray[np.int64]) -> None:
         set_constant(node, 1, layer.stored(layer.weight[:, inverse(perm)]), f"{node.name}/weight_in")
 
 
-def _write_in_order(layer: Layer, perm: NDArray[np.int64]) -> None:
+def write_in_order(layer: Layer, perm: NDArray[np.int64]) -> None:
     """Let ``layer`` give y[perm] where it gave y."""
     node = layer.node
     bias = layer.bias
