@@ -1,18 +1,20 @@
-"""Check and time the CUDA kernels on a GPU. Needs PyTorch with CUDA and a C++ compiler, no onnxruntime or CUDA toolkit.
+"""Check and time the CUDA kernels on a GPU. Needs PyTorch with CUDA and a C++ compiler, no CUDA toolkit.
 
-    python custom_ops/bench/gpu.py --output gpu.json                  # all of it, in under 10 minutes
+    python custom_ops/bench/gpu.py --output gpu.json --markdown gpu.md        # all of it, in under 10 minutes
     python custom_ops/bench/gpu.py --check                            # correctness only
     python custom_ops/bench/gpu.py --tune --write-tiles custom_ops/cuda/tiles.csv --output tune.json
     python custom_ops/bench/gpu.py --rehearse                         # the program itself, without a GPU
 
 First correctness: each compiled form of each kernel against numpy in float64, with random kept blocks, permutations,
-strides and paddings, outputs filled with NaN before; a wrong value ends the run. Then single layers of VGG16, each
-against the same layer dense in cuDNN (the faster of NCHW and channels-last, autotuned, same precision) and without
-cuDNN (the baseline of the TETRIS paper), and the whole VGG16 (densities of Deep Compression) and ResNet-50 (0.27).
+strides and paddings, outputs filled with NaN before; where onnxruntime-gpu and the op library are installed, the ops in
+onnxruntime's CUDA provider too (the tests marked `gpu`). A wrong value ends the run. Then single layers of VGG16, each
+against the same layer dense in cuDNN, the fastest of PyTorch's (NCHW and channels-last, autotuned) and onnxruntime's
+(the same), in the same precision, and without cuDNN (the baseline of the TETRIS paper); the whole VGG16 (densities of
+Deep Compression) and ResNet-50 (0.27), in PyTorch, and as models in onnxruntime with CUDA graphs.
 
 `run`: channels-last in and out, the input in order, as inside a run of our layers. `alone`: NCHW in and out with both
-permutations, as for a single layer between dense ones. `fraction` = density x speed-up of `run`: 1 is a time exactly
-proportional to the kept blocks.
+permutations, as for a single layer between dense ones. `scattered` (at density 0.27, batch 8): as `run`, but with the
+channels of y in any order. `fraction` = density x speed-up of `run`: 1 is a time exactly proportional to what is kept.
 
 Times are medians over replays of a captured CUDA graph, so launches cost what they cost in a deployed model; inputs
 rotate over more memory than the L2 cache holds. The most important points come first (`importance`); those that do not
@@ -42,11 +44,14 @@ import torch
 import torch.nn.functional as F
 from gpu_library import ROOT, TYPES, Sparse, compile_library, max_pool  # beside this file
 from gpu_networks import NETWORKS, Pair
+from gpu_onnxruntime import OnnxRuntime, check_ops, why_not
+from gpu_report import best_dense, header, line, markdown
 
 from shapes import Layer, read_layers
 
 sys.path.insert(0, str(ROOT / "custom_ops" / "cuda"))
 import build
+from tetris_onnx.runtime import import_onnxruntime
 
 # Relative to the largest output: rounding of operands (TF32: 11 bits) or of the output, the order of float32 sums.
 TOLERANCES = {"f16": 1e-3, "bf16": 8e-3, "tf32": 1e-3, "f32": 1e-5}
@@ -55,8 +60,11 @@ NETWORK_TOLERANCES = {"f16": 2e-2, "bf16": 1e-1, "tf32": 1e-2, "f32": 1e-4}
 TILE_COLUMNS = "sm,type,taps,height,rows,steps,pixels,tile_rows,tile_pixels,splits"
 
 
-def check(library: ctypes.CDLL, device: str) -> int:
-    """Every tile and many shapes against the oracle. Returns the number of cases; a wrong one ends the program."""
+def check(library: ctypes.CDLL, device: str, short: bool) -> int:
+    """Every tile and many shapes against the oracle. Returns the number of cases; a wrong one ends the program.
+
+    ``short``: few of them, for a rehearsal (the tests have run all on the stand-in).
+    """
     rng = np.random.default_rng()  # fresh inputs every time
     cases = 0
 
@@ -89,8 +97,8 @@ def check(library: ctypes.CDLL, device: str) -> int:
             raise SystemExit(f"WRONG: {case}: error {error:.2e}")
 
     both = (True, True)
-    for kind in TYPES:
-        for block in ((32, 32), (64, 64), (128, 64), (16, 8), (48, 80)):
+    for kind in ("f16",) if short else TYPES:
+        for block in ((64, 64),) if short else ((32, 32), (64, 64), (128, 64), (16, 8), (48, 80)):
             for stride, pad, dilation in ((1, 1, 1), (2, 0, 1), (1, 2, 2)):
                 one(kind, (150, 70, 3, 3), block, (2, 70, 13, 11), stride=stride, pad=pad, dilation=dilation)
                 one(kind, (150, 70, 3, 3), block, (2, 70, 13, 11), stride=stride, pad=pad, dilation=dilation, last=both)
@@ -106,8 +114,8 @@ def check(library: ctypes.CDLL, device: str) -> int:
             one(kind, (150, 256), block, (300, 256), permuted=(False, False))
             one(kind, (512, 512, 3, 3), block, (1, 512, 14, 14), pad=1)
             one(kind, (512, 512, 3, 3), block, (1, 512, 14, 14), pad=1, last=both, permuted=(False, True))
-    for variant in build.variants():
-        if variant.kernel != "block_sparse_conv":
+    for number, variant in enumerate(build.variants()):
+        if variant.kernel != "block_sparse_conv" or (short and number % 16):
             continue
         splits = 3 if variant.layout == "split" else 1
         os.environ["TETRIS_ONNX_CUDA_TILE"] = f"{variant.bm}x{variant.bn}x{splits}"
@@ -216,8 +224,9 @@ def sparse_us(ours: Sparse, layer: Layer, batch: int, kind: str, device: str, se
     return median_us([lambda x=x, y=y: ours(x, y) for x, y in zip(inputs, outputs, strict=True)], seconds)
 
 
-def make(library: ctypes.CDLL, layer: Layer, kind: str, block: int, density: float, in_run: bool) -> Sparse:
-    """A layer of the shapes file, inside a run of our layers or alone."""
+def make(library: ctypes.CDLL, layer: Layer, kind: str, block: int, density: float, where: str) -> Sparse:
+    """A layer of the shapes file: in a `run` of our layers, there but `scattered`, or `alone`."""
+    in_run = where != "alone"
     kernel = (layer.kernel, layer.kernel) if layer.is_conv else ()
     return Sparse(
         library,
@@ -229,6 +238,7 @@ def make(library: ctypes.CDLL, layer: Layer, kind: str, block: int, density: flo
         stride=layer.stride,
         pad=layer.pad,
         permuted=(not in_run, True),
+        columns=block if where == "run" else 0,
         last=(in_run and layer.is_conv,) * 2,
     )
 
@@ -243,19 +253,32 @@ class Point:
     layer: Layer | None = None
     block: int = 64
     density: float = 0.0
+    onnxruntime: bool = False  # of a network: as a model in onnxruntime, not in PyTorch
 
     @property
     def importance(self) -> float:
         """The smallest is first: networks; batch 8, density .27, 64 x 64 blocks, float16, large 3x3 layers."""
         rank = {8: 0, 1: 1, 64: 2}.get(self.batch, 3) + (self.kind != "f16") * 0.5
         if self.layer is None:
-            return rank + (self.network != "vgg16") * 0.5 - 1
+            return rank + (self.network != "vgg16") * 0.5 + self.onnxruntime * 0.25 - 1
         rank += {0.27: 0, 0.5: 1, 0.1: 2}.get(self.density, 3) + {64: 0, 128: 1, 32: 2}.get(self.block, 3)
         return rank + (2 if not self.layer.is_conv else 1 if self.layer.inputs < 256 else 0)
 
     def __str__(self) -> str:
         layer = "" if self.layer is None else f"{self.layer.name} {self.block}x{self.block} density {self.density}"
-        return f"{self.network or layer}, {self.kind}, batch {self.batch}"
+        where = " in onnxruntime" if self.onnxruntime else ""
+        return f"{self.network or layer}{where}, {self.kind}, batch {self.batch}"
+
+    @property
+    def sort(self) -> str:
+        """What takes about as long."""
+        return "layer" if self.layer is not None else "onnxruntime" if self.onnxruntime else "network"
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """The surroundings that a layer is timed in."""
+        important = self.density == 0.27 and self.batch == 8
+        return ("run", "alone", "scattered") if important else ("run", "alone")
 
 
 @dataclass
@@ -263,13 +286,19 @@ class Budget:
     """The time that is left, and what a point of each sort took so far."""
 
     end: float
-    taken: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
+    taken: dict[str, list[float]] = field(default_factory=dict)
     dropped: list[Point] = field(default_factory=list)
 
     def estimate(self, point: Point) -> float:
         """Seconds; before any is measured, a guess."""
-        known = self.taken[point.layer is None]
-        return statistics.mean(known[-20:]) if known else 20.0 if point.layer is None else 0.6
+        known = self.taken.get(point.sort)
+        return (
+            statistics.mean(known[-20:]) if known else {"layer": 0.6, "network": 20.0, "onnxruntime": 45.0}[point.sort]
+        )
+
+    def took(self, point: Point, seconds: float) -> None:
+        """Remember it."""
+        self.taken.setdefault(point.sort, []).append(seconds)
 
     def fits(self, point: Point) -> bool:
         """Whether there is time for a point; else it is dropped."""
@@ -282,10 +311,18 @@ class Budget:
 class Bench:
     """What the points share: layers that are made, dense times that are known."""
 
-    def __init__(self, library: ctypes.CDLL, device: str, seconds: float, shapes: dict[str, dict[str, Layer]]) -> None:
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        device: str,
+        seconds: float,
+        shapes: dict[str, dict[str, Layer]],
+        onnxruntime: OnnxRuntime | None,
+    ) -> None:
         self.library, self.device, self.seconds, self._shapes = library, device, seconds, shapes
+        self._onnxruntime = onnxruntime
         self._dense: dict[tuple[str, str, int], dict[str, float]] = {}
-        self._made: dict[tuple[str, str, int, float, bool], Sparse] = {}
+        self._made: dict[tuple[str, str, int, float, str], Sparse] = {}
         self._pairs: dict[tuple[str, str], Pair] = {}
 
     def row(self, point: Point) -> dict[str, Any]:
@@ -296,21 +333,29 @@ class Bench:
         layer, kind = point.layer, point.kind
         key = layer.name, kind, point.batch
         if key not in self._dense:
-            self._dense[key] = dense_us(layer, kind, point.batch, self.device, self.seconds)
+            dense = dense_us(layer, kind, point.batch, self.device, self.seconds)
+            if self._onnxruntime is not None:
+                dense |= self._onnxruntime.dense_us(layer, kind, point.batch, best_dense(dense), self.seconds)
+            self._dense[key] = dense
         dense = self._dense[key]
         times, density = {}, 0.0
-        for name, in_run in (("run", True), ("alone", False)):
-            made = (layer.name, kind, point.block, point.density, in_run)
+        for place in point.places:
+            made = (layer.name, kind, point.block, point.density, place)
             if made not in self._made:
-                self._made[made] = make(self.library, layer, kind, point.block, point.density, in_run)
+                self._made[made] = make(self.library, layer, kind, point.block, point.density, place)
             ours = self._made[made]
             density = ours.density
-            times[name] = sparse_us(ours, layer, point.batch, kind, self.device, self.seconds)
-        best = min(us for name, us in dense.items() if name != "no_cudnn")
+            times[place] = sparse_us(ours, layer, point.batch, kind, self.device, self.seconds)
+        best = best_dense(dense)
         row = {"layer": layer.name, **common, "density": density, "dense_us": dense, "sparse_us": times}
         return row | {"speedup": best / times["run"], "fraction": best / times["run"] * density}
 
     def _network(self, point: Point) -> dict[str, Any]:
+        if point.onnxruntime:
+            assert self._onnxruntime is not None
+            tolerance = NETWORK_TOLERANCES[point.kind]
+            row = self._onnxruntime.network(point.network, point.kind, point.batch, 10 * self.seconds, tolerance)
+            return {"in": "onnxruntime", **row}
         key = point.network, point.kind
         if key not in self._pairs:
             size = 224 if self.device == "cuda" else 64
@@ -328,11 +373,12 @@ class Bench:
             dense = {"channels_last": median_us([lambda: pair.dense(image)], 10 * self.seconds)}
             with torch.backends.cudnn.flags(enabled=False):
                 dense["no_cudnn"] = median_us([lambda: pair.dense(image)], 10 * self.seconds)
-        return {"dense_us": dense, "sparse_us": times, "speedup": dense["channels_last"] / times["run"], "error": error}
+        row = {"dense_us": dense, "sparse_us": times, "speedup": dense["channels_last"] / times["run"], "error": error}
+        return {"in": "PyTorch", **row}
 
 
-def points_of(arguments: argparse.Namespace, layers: Sequence[Layer]) -> list[Point]:
-    """All that is asked for, the most important first."""
+def points_of(arguments: argparse.Namespace, layers: Sequence[Layer], onnxruntime: bool) -> list[Point]:
+    """All that is asked for, the most important first. ``onnxruntime``: whether networks can be timed there, too."""
     made = [
         Point(kind, batch, layer=layer, block=block, density=density)
         for kind, batch, layer, block, density in itertools.product(
@@ -342,36 +388,25 @@ def points_of(arguments: argparse.Namespace, layers: Sequence[Layer]) -> list[Po
         if block == min(arguments.block_size) or block <= max(layer.outputs, layer.inputs)
     ]
     if not arguments.layers:
-        made += [Point(k, b, network=n) for k, b, n in itertools.product(arguments.types, arguments.batch, NETWORKS)]
+        for kind, batch, network in itertools.product(arguments.types, arguments.batch, NETWORKS):
+            made.append(Point(kind, batch, network=network))
+            if onnxruntime and kind != "bf16":
+                made.append(Point(kind, batch, network=network, onnxruntime=True))
     return sorted(made, key=lambda point: point.importance)
-
-
-def print_row(row: dict[str, Any]) -> None:
-    """One line."""
-    dense, ours = row["dense_us"], row["sparse_us"]
-    best = min(us for name, us in dense.items() if name != "no_cudnn")
-    name = row.get("layer") or row["network"]
-    print(
-        f"{name:<10}{row['type']:>5}{row['batch']:>6}{row['block']:>6}{row.get('density', math.nan):>8.2f}{best:>11.1f}"
-        f"{dense.get('no_cudnn', math.nan):>11.1f}{ours['run']:>10.1f}{ours.get('alone', math.nan):>10.1f}"
-        f"{row['speedup']:>9.2f}{row.get('fraction', math.nan):>9.2f}",
-        flush=True,
-    )
 
 
 def run_points(bench: Bench, points: Sequence[Point], budget: Budget) -> list[dict[str, Any]]:
     """Time as many as the budget allows."""
     seconds, left = sum(budget.estimate(point) for point in points), budget.end - time.perf_counter()
     print(f"{len(points)} points, about {seconds:.0f} s; {left:.0f} s of the budget are left")
-    header = ("layer", "type", "batch", "block", "density", "dense us", "no cuDNN", "run us", "alone us", "speed-up")
-    print("{:<10}{:>5}{:>6}{:>6}{:>8}{:>11}{:>11}{:>10}{:>10}{:>9}".format(*header) + " fraction", flush=True)
+    print(header(), flush=True)
     rows = []
     for point in points:
         if budget.fits(point):
             start = time.perf_counter()
             rows.append(bench.row(point))
-            print_row(rows[-1])
-            budget.taken[point.layer is None].append(time.perf_counter() - start)
+            print(line(rows[-1]), flush=True)
+            budget.took(point, time.perf_counter() - start)
     if budget.dropped:
         print(f"dropped for lack of time: {len(budget.dropped)} points of {len(points)}, the least important:")
         for point in budget.dropped:
@@ -383,13 +418,13 @@ def tune(bench: Bench, arguments: argparse.Namespace, layers: Sequence[Layer], b
     """Time each tile and number of splits of each layer; print the fastest beside what the library chooses."""
     rows = []
     variants = [v for v in build.variants() if v.kernel == "block_sparse_conv"]
-    for point in points_of(arguments, [layer for layer in layers if layer.is_conv]):
+    for point in points_of(arguments, [layer for layer in layers if layer.is_conv], False):
         layer = point.layer
         if layer is None or not budget.fits(point):
             continue
         start = time.perf_counter()
         taps = {1: 1, 3: 9}.get(layer.kernel, 0)
-        height = make(bench.library, layer, point.kind, point.block, point.density, True).describe(1)[2]
+        height = make(bench.library, layer, point.kind, point.block, point.density, "run").describe(1)[2]
         depth = 64 if height >= 64 and build.ITEM_SIZES[point.kind] == 2 else 32
         own = [v for v in variants if v.type == point.kind and v.taps == taps and v.bk == depth and height % v.bm == 0]
         choices = {(v.bm, v.bn, 1) for v in own if v.layout == "nhwc"}
@@ -397,7 +432,7 @@ def tune(bench: Bench, arguments: argparse.Namespace, layers: Sequence[Layer], b
 
         def timed(tile: tuple[int, ...], point: Point = point, layer: Layer = layer) -> tuple[Sparse, float]:
             os.environ["TETRIS_ONNX_CUDA_TILE"] = "x".join(map(str, tile))
-            ours = make(bench.library, layer, point.kind, point.block, point.density, True)
+            ours = make(bench.library, layer, point.kind, point.block, point.density, "run")
             return ours, sparse_us(ours, layer, point.batch, point.kind, bench.device, bench.seconds)
 
         times = {tile: timed(tile)[1] for tile in sorted(choices)}
@@ -411,7 +446,7 @@ def tune(bench: Bench, arguments: argparse.Namespace, layers: Sequence[Layer], b
         row |= {"pixels": pixels, "tile": list(best), "us": times[best], "chosen_us": chosen, "point": str(point)}
         rows.append(row | {"all": {"x".join(map(str, tile)): us for tile, us in times.items()}})
         print(f"{point}: best {best} {times[best]:.1f} us, the library's choice {chosen:.1f} us", flush=True)
-        budget.taken[False].append(time.perf_counter() - start)
+        budget.took(point, time.perf_counter() - start)
     for point in budget.dropped:
         print(f"dropped for lack of time: {point}")
     return rows
@@ -439,10 +474,13 @@ def shrunk(layer: Layer, name: str) -> Layer:
 
 
 def rehearse(folder: Path) -> Any:
-    """Put the tests' stand-in for the driver where the library looks for one."""
+    """Put the tests' stand-in for the driver where the library looks for one, and the ops on the CPU provider."""
     from tests.custom_ops.cuda import stand_in
+    from tetris_onnx import session
 
-    _, path = stand_in.compile_libraries(folder)
+    session.PROVIDERS["cuda"], session.DEVICES["cuda"] = "CPUExecutionProvider", "cpu"
+    library, path = stand_in.compile_libraries(folder)
+    os.environ["TETRIS_ONNX_LIBRARY"] = str(library)
     driver = stand_in.StandIn(path)
     driver.reset()
     driver.execute = stand_in.run_numpy
@@ -460,6 +498,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0.03, help="for each time")
     parser.add_argument("--minutes", type=float, default=9.5, help="the budget for all, from the start")
     parser.add_argument("--output", type=Path, help="all results, as JSON")
+    parser.add_argument("--markdown", type=Path, help="all results, as tables")
     parser.add_argument("--check", action="store_true", help="correctness only")
     parser.add_argument("--tune", action="store_true", help="every tile and number of splits of each layer instead")
     parser.add_argument("--write-tiles", type=Path, metavar="CSV", help="with --tune: put the fastest into this table")
@@ -484,13 +523,26 @@ def main() -> None:
     layers = [layer for name, layer in shapes["vgg16"].items() if arguments.layers in name]
     if arguments.rehearse:
         layers = layers[::5]
+    versions = f"PyTorch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
     results: dict[str, Any] = {"device": "none" if arguments.rehearse else torch.cuda.get_device_name(), "rows": []}
+    results |= {
+        "versions": versions,
+        "arguments": vars(arguments) | {"output": None, "markdown": None, "write_tiles": None},
+    }
     with tempfile.TemporaryDirectory() as folder:
         driver = rehearse(Path(folder)) if arguments.rehearse else None
         library = compile_library(Path(folder))
         start = time.perf_counter()
-        print(f"{check(library, device)} cases correct, {time.perf_counter() - start:.0f} s", flush=True)
-        bench = Bench(library, device, arguments.seconds, shapes)
+        results["cases"] = check(library, device, arguments.rehearse)
+        print(f"{results['cases']} cases correct, {time.perf_counter() - start:.0f} s", flush=True)
+        missing = "" if arguments.rehearse else why_not()
+        if missing:
+            print(f"onnxruntime is left out: {missing}", flush=True)
+        elif not arguments.rehearse:
+            print(f"the ops in onnxruntime: {check_ops()}", flush=True)
+        results["onnxruntime"] = missing or import_onnxruntime().__version__
+        engine = None if missing else OnnxRuntime(gpu=not arguments.rehearse)
+        bench = Bench(library, device, arguments.seconds, shapes, engine)
         if arguments.tune:
             results["rows"] = tune(bench, arguments, layers, budget)
             if arguments.write_tiles:
@@ -498,12 +550,14 @@ def main() -> None:
                 os.environ["TETRIS_ONNX_CUDA_TILES"] = str(arguments.write_tiles.resolve())
                 Sparse(library, arguments.types[0], (64, 64), (64, 64), 1.0, np.random.default_rng(0))  # it can be read
         elif not arguments.check:
-            results["rows"] = run_points(bench, points_of(arguments, layers), budget)
+            results["rows"] = run_points(bench, points_of(arguments, layers, engine is not None), budget)
         if driver is not None:
             assert driver.errors == [], driver.errors[0]
     results["dropped"] = [str(point) for point in budget.dropped]
     if arguments.output:
         arguments.output.write_text(json.dumps(results, indent=1))
+    if arguments.markdown:
+        arguments.markdown.write_text(markdown(results))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ class Sparse:
     """One block-sparse layer on the GPU, made like the op from kept blocks; its dense weight for comparison.
 
     ``last``: whether the channels of x and y are last, as between two of our ops. ``permuted``: whether input and
-    output are. Inside a run the input is in order: its producer has written it so.
+    output are. Inside a run the input is in order: its producer has written it so. ``columns``: how many channels the
+    reader of y takes at a time, those of a row of blocks side by side among them (see passes/group_channels.py).
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Sparse:
         pad: int = 0,
         dilation: int = 1,
         permuted: tuple[bool, bool] = (True, True),
+        columns: int = 0,
         last: tuple[bool, bool] = (False, False),
         relu: bool = True,
     ) -> None:
@@ -93,6 +95,10 @@ class Sparse:
         self.blocks = torch.from_numpy(self.blocks).to(TYPES[kind]).float().numpy()  # as the kernel will see them
         self.input_perm = rng.permutation(inputs) if permuted[0] else np.arange(inputs)
         self.output_perm = rng.permutation(outputs) if permuted[1] else np.arange(outputs)
+        if columns:
+            row_of = np.argsort(self.output_perm) // bo
+            order = np.lexsort((row_of, np.arange(outputs) // columns))
+            self.output_perm = np.argsort(order)[self.output_perm]
         self.bias = rng.standard_normal(outputs, dtype=np.float32)
         count = len(kernel)
         ones, zeros = [1] * (3 - count), [0] * (3 - count)

@@ -147,6 +147,7 @@ class _Maker:
                 pad=layer.pad,
                 # Of several readers of a value one finds it in its order. (A shortcut is another reader.)
                 permuted=(use == 100, True),
+                columns=self.block,
                 last=(True, True) if layer.is_conv else (False, False),
                 relu=relu,
             )
