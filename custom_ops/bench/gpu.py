@@ -42,8 +42,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gpu_library import ROOT, TYPES, Sparse, compile_library, max_pool  # beside this file
-from gpu_networks import NETWORKS, Pair
+from gpu_library import ROOT, Sparse, compile_library, max_pool  # beside this file
+from gpu_networks import NETWORKS, TYPES, Pair
 from gpu_onnxruntime import OnnxRuntime, check_ops, why_not
 from gpu_report import best_dense, header, line, markdown
 

@@ -67,6 +67,13 @@ void tetris_gpu_describe(const void* kernel, int64_t pixels, int64_t* out) {
   std::copy(values, values + 5, out);
 }
 
+// How so many output pixels are computed: tile rows, tile pixels, splits.
+void tetris_gpu_plan(const void* kernel, int64_t pixels, int64_t* out) {
+  const tetris::cuda::TileChoice choice = static_cast<const SparseKernel*>(kernel)->choose(pixels);
+  const int64_t values[] = {choice.bm, choice.bn, choice.splits};
+  std::copy(values, values + 3, out);
+}
+
 // y = the largest values of windows of x [batch, h, w, channels], on device 0.
 int tetris_gpu_max_pool(int64_t type, uint64_t x, int64_t batch, const int64_t* input, const int64_t* output,
                         int64_t channels, int64_t window, int64_t stride, int64_t pad, uint64_t y, void* stream, char* text,

@@ -1,4 +1,7 @@
-"""The CUDA kernels apart from onnxruntime, as PyTorch calls them: what gpu.py checks and times."""
+"""The CUDA kernels apart from onnxruntime, as PyTorch calls them: what gpu.py checks and times.
+
+Making a layer and asking how it would be launched needs no PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,19 @@ import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import ml_dtypes
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 from tests import reference  # noqa: E402  (the oracle)
 
-TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "f32": torch.float32}
+KINDS = {"f16": np.float16, "bf16": ml_dtypes.bfloat16, "tf32": np.float32, "f32": np.float32}
 _Three = ctypes.c_int64 * 3
 _TEXT = 4096
 
@@ -34,7 +41,7 @@ class _Layer(ctypes.Structure):
     ]
 
 
-def compile_library(folder: Path) -> ctypes.CDLL:
+def compile_library(folder: Path, optimization: str = "-O2") -> ctypes.CDLL:
     """The kernels with the prebuilt images, apart from onnxruntime."""
     cuda = ROOT / "custom_ops" / "cuda"
     with tarfile.open(cuda / "prebuilt" / "kernels.tar.xz") as archive:
@@ -42,7 +49,7 @@ def compile_library(folder: Path) -> ctypes.CDLL:
     names = ("device", "driver", "images", "pack", "pool_kernel", "sparse_kernel", "tile_table")
     sources = [*(cuda / f"{name}.cc" for name in names), Path(__file__).with_name("gpu_library.cc")]
     library = folder / "libtetris_gpu.so"
-    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O2", "-fPIC", "-shared", f"-I{folder}", "-pthread"]
+    command = [os.environ.get("CXX", "c++"), "-std=c++17", optimization, "-fPIC", "-shared", f"-I{folder}", "-pthread"]
     definitions = [f'-DTETRIS_CUDA_KERNELS="{folder}"', f'-DTETRIS_CUDA_TILES="{cuda / "tiles.csv"}"']
     subprocess.run([*command, *definitions, *sources, "-o", library, "-ldl", "-Wl,--no-undefined"], check=True)
     loaded = ctypes.CDLL(str(library))
@@ -51,6 +58,8 @@ def compile_library(folder: Path) -> ctypes.CDLL:
 
 
 def _stream(x: torch.Tensor) -> ctypes.c_void_p:
+    import torch
+
     return ctypes.c_void_p(torch.cuda.current_stream().cuda_stream if x.is_cuda else None)
 
 
@@ -92,7 +101,7 @@ class Sparse:
         self.density = len(index) / (rows * columns)
         scale = 1 / math.sqrt(max(1.0, self.density * inputs * math.prod(kernel)))
         self.blocks = rng.standard_normal((len(index), bo, bi, *kernel), dtype=np.float32) * np.float32(scale)
-        self.blocks = torch.from_numpy(self.blocks).to(TYPES[kind]).float().numpy()  # as the kernel will see them
+        self.blocks = self.blocks.astype(KINDS[kind]).astype(np.float32)  # as the kernel will see them
         self.input_perm = rng.permutation(inputs) if permuted[0] else np.arange(inputs)
         self.output_perm = rng.permutation(outputs) if permuted[1] else np.arange(outputs)
         if columns:
@@ -104,7 +113,7 @@ class Sparse:
         ones, zeros = [1] * (3 - count), [0] * (3 - count)
         description = _Layer(
             device=0,
-            type=list(TYPES).index(kind),
+            type=list(KINDS).index(kind),
             input_last=last[0] or not kernel,
             output_last=last[1] or not kernel,
             has_depth=count == 3,
@@ -177,6 +186,12 @@ class Sparse:
         self._library.tetris_gpu_describe(self._kernel, ctypes.c_int64(pixels), out)
         return tuple(out)
 
+    def plan(self, pixels: int) -> tuple[int, int, int]:
+        """How so many output pixels are computed: tile rows, tile pixels, splits."""
+        out = (ctypes.c_int64 * 3)()
+        self._library.tetris_gpu_plan(self._kernel, ctypes.c_int64(pixels), out)
+        return out[0], out[1], out[2]
+
     def dense_weight(self) -> np.ndarray:
         """The weight with its zeros."""
         return reference.dense_weight(self.blocks, self.index, self.input_perm, self.output_perm, self.shape)
@@ -209,7 +224,7 @@ def max_pool(
     text = ctypes.create_string_buffer(_TEXT)
     two = ctypes.c_int64 * 2
     failed = library.tetris_gpu_max_pool(
-        ctypes.c_int64(list(TYPES).index(kind)),
+        ctypes.c_int64(list(KINDS).index(kind)),
         ctypes.c_uint64(x.data_ptr()),
         ctypes.c_int64(x.shape[0]),
         two(*x.shape[1:3]),

@@ -15,9 +15,11 @@ from typing import Protocol
 import numpy as np
 import torch
 import torch.nn.functional as F
-from gpu_library import TYPES, Sparse, max_pool  # beside this file
+from gpu_library import Sparse, max_pool  # beside this file
 
 from shapes import Layer
+
+TYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32, "f32": torch.float32}
 
 # Kept share of the weights after Deep Compression (Han, Mao, Dally 2016, table 4).
 DEEP_COMPRESSION = {

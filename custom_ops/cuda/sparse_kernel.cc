@@ -130,6 +130,15 @@ TileChoice SparseKernel::describe(int64_t pixels) const {
   return {device_.capability(), type_, kernel_taps_, bm_, rows_, std::max<int64_t>(most_tiles_ * taps_, 1), pixels, 0, 0, 0};
 }
 
+TileChoice SparseKernel::choose(int64_t pixels) const {
+  const Plan plan = this->plan(pixels, false);
+  TileChoice choice = describe(pixels);
+  choice.bm = plan.tile->bm;
+  choice.bn = plan.tile->bn;
+  choice.splits = plan.splits;
+  return choice;
+}
+
 // The time of a launch: each program goes through its steps, one tile of weights and of pixels each, at the pace of what
 // is slowest: the L2 cache, L1 and shared memory, or the tensor cores. Taps but the first find most of their pixels in L1.
 double SparseKernel::microseconds(const Tile& tile, int64_t splits, int64_t pixels) const {

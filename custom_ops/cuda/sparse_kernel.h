@@ -35,6 +35,9 @@ class SparseKernel {
   // What the table of measured tiles knows this layer by, for as many output pixels of a batch.
   TileChoice describe(int64_t pixels) const;
 
+  // The same with what is chosen for it.
+  TileChoice choose(int64_t pixels) const;
+
   // Enqueues y[batch][outputs][output] from x[batch][inputs][input] on the stream, or with the channels last.
   // `addend`, if not 0, is added before the activation; it is like y and may be y. Device pointers. May be called from
   // several threads at once.
