@@ -79,7 +79,7 @@ def test_resources(key: tuple[str, int]) -> None:
     if variant.kernel != "block_sparse_conv":
         assert registers <= 64
         return
-    # Several taps read their pixels through L1, where that is 16 bytes for each thread; all else of 16 bytes passes it by.
+    # Several taps read their pixels through L1, where each thread reads 16 bytes; other loads of 16 bytes pass it by.
     pixel_bytes = variant.bn * variant.bk * build.ITEM_SIZES[variant.type]
     assert ("LDGSTS.E.128" in row["async_load"].split()) == (variant.taps != 1 and pixel_bytes >= 16 * threads)
     # Asynchronous loads of 16 bytes, and of less only where a tile has less than that for each thread.
