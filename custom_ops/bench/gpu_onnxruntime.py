@@ -203,11 +203,8 @@ class Network:
         generator = _load(ROOT / "samples" / name / f"random_{name}.py")
         block = (64, 64)
         if small:
-            generator.STAGES, generator.CONFIGURATION, generator.CLASSIFIER = (
-                ((1, 16),),
-                (16, "M", 16, *"MMMM"),
-                (64, 10),
-            )
+            generator.STAGES, generator.CLASSIFIER = ((1, 16),), (64, 10)
+            generator.CONFIGURATION = ("M", 16, "M", 16, 16, "M", "M", "M")
             block = (8, 8)
         model = getattr(generator, name)()
         self.element = NUMPY_TYPES[kind]

@@ -98,6 +98,7 @@ SparseKernel::SparseKernel(int device, Type type, const Window& window, const Bl
   const Layout layout = last.output ? Layout::nhwc : Layout::nchw;
   for (const Tile& tile : tiles()) {
     if (tile.type != type || tile.taps != kernel_taps_ || tile.bk != bk_ || bm_ % tile.bm != 0) continue;
+    if (tile.bm < 64 && bm_ >= 64 && type != Type::f32) continue;  // too low for wgmma
     if (tile.layout == layout) whole_.push_back({&tile, &device_.kernel(tile.variant)});
     if (tile.layout == Layout::split) split_.push_back({&tile, &device_.kernel(tile.variant)});
   }

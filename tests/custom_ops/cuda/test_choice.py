@@ -80,7 +80,7 @@ def test_batch_1_fills_the_gpu(name: str) -> None:
     assert programs >= 0.7 * PROCESSORS or steps / splits <= 10
     assert programs >= 0.35 * PROCESSORS or (steps / splits <= 10 and pixels == 16)
     _, _, at_8 = gpu_tiles.programs(layer, 8, 0.27, (64, 64))
-    assert at_8 >= 0.7 * PROCESSORS or steps <= 10
+    assert at_8 >= 0.4 * PROCESSORS or steps <= 10
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,8 +210,8 @@ def test_arguments(op: models.Op, driver: StandIn, shared_library: Path) -> None
         **{"pad_d": 0, "pad_h": 1, "pad_w": 1, "taps": 9, "kernel_h": 3, "kernel_w": 3},
         **{"w_tap": 64 * 32, "parts": 1, "has_addend": 0, "low": 0.0, "high": math.inf},
     }
-    # 2 x 3 programs would leave most of 132 multiprocessors idle, and 18 steps allow two splits of at least 8.
-    assert (splits, conv.grid, conv.variant.layout) == (2, (3, 2, 2), "split")
+    # 2 x 3 programs would leave most of 132 multiprocessors idle: their 18 steps are split.
+    assert (splits, conv.grid, conv.variant.layout) == (12, (3, 2, 12), "split")
     assert conv.threads == 32 * conv.variant.warps
     assert driver.launches[2].variant.kernel == "sum_splits"
 

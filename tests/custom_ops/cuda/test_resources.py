@@ -65,7 +65,7 @@ def test_resources(key: tuple[str, int]) -> None:
     row, variant = ROWS[key], VARIANTS[name]
     registers, threads = int(row["registers"]), 32 * int(row["warps"])
     assert registers * threads <= 65536
-    # Spills: none to speak of. (On sm_100 a few words of stack belong to the tensor memory; six registers that are spilled
+    # Spills: none to speak of. (On sm_100 a few words of stack are of the tensor memory; six registers that are spilled
     # once, where a program reads its float32 addend before the sums, do no harm.)
     reads_addend = variant.type == "tf32" and variant.layout == "nhwc" and sm in (80, 120)
     assert int(row["stack"]) <= (24 if reads_addend else 16)
