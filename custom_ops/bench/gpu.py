@@ -37,21 +37,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from gpu_library import ROOT, Sparse, compile_library, max_pool  # beside this file
 from gpu_networks import NETWORKS, TYPES, Pair
-from gpu_onnxruntime import OnnxRuntime, check_ops, why_not
 from gpu_report import best_dense, header, line, markdown
 
 from shapes import Layer, read_layers
 
 sys.path.insert(0, str(ROOT / "custom_ops" / "cuda"))
 import build
-from tetris_onnx.runtime import import_onnxruntime
+
+if TYPE_CHECKING:
+    from gpu_onnxruntime import OnnxRuntime
 
 # Relative to the largest output: rounding of operands (TF32: 11 bits) or of the output, the order of float32 sums.
 TOLERANCES = {"f16": 1e-3, "bf16": 8e-3, "tf32": 1e-3, "f32": 1e-5}
@@ -473,6 +474,22 @@ def shrunk(layer: Layer, name: str) -> Layer:
     return replace(fewer, map_size=tuple(max(size // 16, 3) for size in layer.map_size))
 
 
+def start_onnxruntime(rehearsal: bool) -> tuple[OnnxRuntime | None, str]:
+    """onnxruntime, its ops checked, and its version; or None and why it is left out."""
+    try:
+        import gpu_onnxruntime
+    except ImportError as error:
+        found = str(error)
+    else:
+        found = "" if rehearsal else gpu_onnxruntime.why_not()
+    if found:
+        print(f"onnxruntime is left out: {found}", flush=True)
+        return None, f"left out: {found}"
+    if not rehearsal:
+        print(f"the ops in onnxruntime: {gpu_onnxruntime.check_ops()}", flush=True)
+    return gpu_onnxruntime.OnnxRuntime(gpu=not rehearsal), gpu_onnxruntime.import_onnxruntime().__version__
+
+
 def rehearse(folder: Path) -> Any:
     """Put the tests' stand-in for the driver where the library looks for one, and the ops on the CPU provider."""
     from tests.custom_ops.cuda import stand_in
@@ -535,13 +552,7 @@ def main() -> None:
         start = time.perf_counter()
         results["cases"] = check(library, device, arguments.rehearse)
         print(f"{results['cases']} cases correct, {time.perf_counter() - start:.0f} s", flush=True)
-        missing = "" if arguments.rehearse else why_not()
-        if missing:
-            print(f"onnxruntime is left out: {missing}", flush=True)
-        elif not arguments.rehearse:
-            print(f"the ops in onnxruntime: {check_ops()}", flush=True)
-        results["onnxruntime"] = missing or import_onnxruntime().__version__
-        engine = None if missing else OnnxRuntime(gpu=not arguments.rehearse)
+        engine, results["onnxruntime"] = start_onnxruntime(arguments.rehearse)
         bench = Bench(library, device, arguments.seconds, shapes, engine)
         if arguments.tune:
             results["rows"] = tune(bench, arguments, layers, budget)
