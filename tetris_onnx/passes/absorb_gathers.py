@@ -20,7 +20,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from tetris_onnx.algorithms.permutation import compose, expand, inverse, is_identity
-from tetris_onnx.graph.channels import ChannelAxis, End, find_region, gather_permutation
+from tetris_onnx.graph.channels import ChannelAxis, End, Region, find_region, gather_permutation
 from tetris_onnx.graph.layers import Layer, layer_of
 from tetris_onnx.passes.fold_gathers import permute_parameters
 from tetris_onnx.passes.surgery import is_output, reads_alone, remove_node, replace_uses, set_constant
@@ -40,7 +40,7 @@ def _into_producer(graph: gs.Graph, gather: gs.Node, perm: NDArray[np.int64], ax
     layer = layer_of(value.inputs[0]) if value.inputs else None
     if layer is None or layer.out_axis != axis or not reads_alone(graph, gather, value):
         return
-    write_in_order(layer, perm)
+    _write_in_order(layer, perm)
     # The result keeps the name that its readers know it by.
     result = gather.outputs[0]
     remove_node(graph, gather)
@@ -58,13 +58,18 @@ def _into_region(graph: gs.Graph, gather: gs.Node, perm: NDArray[np.int64], axis
     order = gather_permutation(largest.node)
     if order is None or not largest.where.plain:
         return  # it is in the right order already, or wants one of flattened positions, not of channels
+    fill_in_order(region, order)
+    for sink in region.sinks:
+        undo(graph, sink, order)
+
+
+def fill_in_order(region: Region, order: NDArray[np.int64]) -> None:
+    """Let the layers that write into ``region`` give its channels in ``order``."""
     for source in region.sources:
         layer = layer_of(source.node)
         assert layer is not None
-        write_in_order(layer, order)
+        _write_in_order(layer, order)
     permute_parameters(region, order)
-    for sink in region.sinks:
-        undo(graph, sink, order)
 
 
 def undo(graph: gs.Graph, sink: End, order: NDArray[np.int64]) -> None:
@@ -122,7 +127,7 @@ def _read_in_order(layer: Layer, perm: NDArray[np.int64]) -> None:
         set_constant(node, 1, layer.stored(layer.weight[:, inverse(perm)]), f"{node.name}/weight_in")
 
 
-def write_in_order(layer: Layer, perm: NDArray[np.int64]) -> None:
+def _write_in_order(layer: Layer, perm: NDArray[np.int64]) -> None:
     """Let ``layer`` give y[perm] where it gave y."""
     node = layer.node
     bias = layer.bias

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from tetris_onnx.algorithms.permutation import inverse, is_identity
 from tetris_onnx.graph.channels import ChannelAxis, Region, find_region, gather_permutation
 from tetris_onnx.graph.layers import Layer, layer_of
-from tetris_onnx.passes.absorb_gathers import undo, write_in_order
-from tetris_onnx.passes.fold_gathers import permute_parameters
+from tetris_onnx.passes.absorb_gathers import fill_in_order, undo
 from tetris_onnx.passes.surgery import set_constant
 
 
@@ -65,11 +64,7 @@ def _order(region: Region, channels: int) -> NDArray[np.int64] | None:
 
 
 def _apply(graph: gs.Graph, region: Region, order: NDArray[np.int64]) -> None:
-    for source in region.sources:
-        layer = layer_of(source.node)
-        assert layer is not None
-        write_in_order(layer, order)
-    permute_parameters(region, order)
+    fill_in_order(region, order)
     for sink in region.sinks:
         layer = layer_of(sink.node)
         if layer is not None and _reads_in_a_row(layer):
