@@ -95,11 +95,13 @@ def write_plot(sweep: Sweep, path: Path) -> None:
         for outcome in own:
             label = f"{outcome.setting.sparsity:g}"
             axes.annotate(label, place(outcome), textcoords="offset points", xytext=(4, 4), fontsize=7)
-    front = sorted(place(o) for o, best in points if best)
-    axes.plot(*_axes(front), "-", color="gray", zorder=0, label="Pareto front")
     accuracy = next((o.dense_accuracy for o, _ in points), None)
-    dense = {"accuracy": 100 * (accuracy or 0.0), "agreement": 100.0, "error": 0.0}[sweep.measure]
-    axes.plot([1.0], [dense], "D", color="black", label="dense")
+    dense = 1.0, {"accuracy": 100 * (accuracy or 0.0), "agreement": 100.0, "error": 0.0}[sweep.measure]
+    front = sorted(place(o) for o, best in points if best)
+    if not any(x >= dense[0] and sign * y >= sign * dense[1] for x, y in front):
+        front = sorted([dense, *front])
+    axes.plot(*_axes(front), "-", color="gray", zorder=0, label="Pareto front")
+    axes.plot(*_axes([dense]), "D", color="black", label="dense")
     if sweep.measure == "error" and points and min(place(o)[1] for o, _ in points) > 0:
         axes.set_yscale("symlog", linthresh=min(place(o)[1] for o, _ in points))
         axes.invert_yaxis()
