@@ -28,6 +28,8 @@ constexpr double kBFloat16Speed = 1.5;
 constexpr size_t kPrefetchPadding = 8192;
 // A pooled convolution keeps a band, an even number of rows, of some channels' maps in the cache until it is pooled.
 constexpr int64_t kBandPixels = 2048;
+// Kept channels times taps whose multiplication takes as long as bringing a line from the cache that the cores share.
+constexpr int64_t kLongReduction = 48;
 // Floats after the packed bias that a vector of rows may touch (and ignore).
 constexpr size_t kBiasPadding = 16;
 
@@ -429,7 +431,8 @@ void ConvKernel::add_tiles(Plan& plan, int64_t source, int64_t pixel, int64_t pi
   if (tail > kernels_.tail_pixels) tail = 0;
   // Of a pointwise kernel, the last tiles take a pixel of the tail each, if they are enough.
   const int64_t full = kernels_.conv_vectors * lanes;
-  int64_t extras = kernels_.extra_pixel && taps_ == 1 && (pixels - tail) % full == 0 && (pixels - tail) / full >= tail ? tail : 0;
+  const bool fits = (pixels - tail) % full == 0 && (pixels - tail) / full >= tail;
+  int64_t extras = kernels_.extra_pixel && taps_ == 1 && fits ? tail : 0;
   tail -= extras;
   for (int64_t done = 0; done < pixels - tail;) {
     // Three vectors at a time; four are two and two, as one vector alone keeps the multipliers waiting for loads.
@@ -599,13 +602,16 @@ struct ConvKernel::Work {
     const size_t end = first + static_cast<size_t>(count * (part + 1) / parts);
     const int64_t row = rows == 1 ? 0 : rows_first ? item / parts % rows : item % rows;
     const int64_t row_end = rows == 1 ? static_cast<int64_t>(kernel.block_rows_.size()) : row + 1;
+    const bool rows_next = !rows_first || parts == 1;  // the next item is of the next block row
     for (int64_t r = row; r < row_end; ++r) {
       const BlockRow& block_row = kernel.block_rows_[static_cast<size_t>(r)];
       if (pooled) {
         run_bands(block_row, image, source, y + offset, begin, end);
       } else {
         run_tiles(block_row, block_row.group_begin, block_row.group_end, image, source, y + offset,
-                  addend == nullptr ? nullptr : addend + offset, plan.row_offset.data(), begin, end);
+                  addend == nullptr ? nullptr : addend + offset, plan.row_offset.data(), begin, end,
+                  rows_next ? end : strip.tile_end,
+                  rows_next && r + 1 < static_cast<int64_t>(kernel.block_rows_.size()) ? &block_row + 1 : nullptr);
       }
     }
   }
@@ -622,7 +628,7 @@ struct ConvKernel::Work {
       for (size_t g = block_row.group_begin; g < block_row.group_end; g += groups) {
         const size_t last = std::min(g + groups, block_row.group_end);
         run_tiles(block_row, g, last, image, source, band_data, nullptr, plan.band_offset.data(), band.tile_begin,
-                  band.tile_end);
+                  band.tile_end, band.tile_end, nullptr);
         const int64_t row_end = kernel.groups_[last - 1].row + kernel.groups_[last - 1].valid_rows;
         for (int64_t row = kernel.groups_[g].row; row < row_end; ++row) {
           const size_t r = static_cast<size_t>(row);
@@ -634,9 +640,13 @@ struct ConvKernel::Work {
     }
   }
 
-  // Tiles [begin, end) of the groups [group_begin, group_end) of a block row.
+  // Tiles [begin, end) of the groups [group_begin, group_end) of a block row. What follows, to be fetched ahead: the tiles
+  // up to tiles_end, then the same ones of the block row `following`, if not null.
   void run_tiles(const BlockRow& block_row, size_t group_begin, size_t group_end, int64_t image, const float* source,
-                 float* to, const float* add, const int64_t* row_offset, size_t begin, size_t end) const {
+                 float* to, const float* add, const int64_t* row_offset, size_t begin, size_t end, size_t tiles_end,
+                 const BlockRow* following) const {
+    // Far enough ahead to arrive in time, and no farther: what comes early is gone again.
+    const size_t ahead = block_row.channel_count * kernel.taps_ >= kLongReduction ? 1 : group_end - group_begin;
     ConvTile call{};
     call.channels = block_row.channel_count;
     call.taps = kernel.taps_;
@@ -661,9 +671,12 @@ struct ConvKernel::Work {
       call.masks = plan.masks.data() + tile.masks;
       call.distant_taps = static_cast<int>(kernel.attributes_.strides[2]);
       call.extra = tile.extra;
-      for (size_t g = group_begin; g < group_end; ++g) {
+      const bool goes_on = i + 1 < tiles_end;
+      const Plan::Tile& next = plan.tiles[goes_on ? i + 1 : begin];
+      const BlockRow* next_row = goes_on ? &block_row : following;
+      call.next_x = goes_on ? source + next.source : nullptr;
+      for (size_t g = group_begin; g < group_end; ++g, call.next_x = nullptr) {
         const RowGroup& group = kernel.groups_[g];
-        call.next_x = g == group_begin && i + 1 < end ? plan.tiles[i + 1].source - tile.source : 0;
         call.weight = kernel.weight_.data() + group.weight;
         call.bias = kernel.terms_.bias.data() + group.bias;
         if (quantized != nullptr) {
@@ -671,14 +684,19 @@ struct ConvKernel::Work {
           call.row_sum = kernel.terms_.sum.data() + group.bias;
         }
         call.row_offset = row_offset + group.row;
-        if (i + 1 < end) {
-          call.next_y = to + plan.tiles[i + 1].target;
-          call.next_row_offset = call.row_offset;
-        } else {
-          const bool another = g + 1 < group_end && kernel.groups_[g + 1].valid_rows >= group.valid_rows;
-          call.next_y = another ? call.y : nullptr;
-          call.next_row_offset = call.row_offset + group.rows;
+        // The rows that are stored `ahead` calls later: of this tile, or of the next one.
+        const RowGroup* later = nullptr;
+        const Plan::Tile* at = &tile;
+        if (g + ahead < group_end) {
+          later = &kernel.groups_[g + ahead];
+        } else if (next_row != nullptr) {
+          const size_t first = goes_on ? group_begin : next_row->group_begin, rest = g + ahead - group_end;
+          if (first + rest < (goes_on ? group_end : next_row->group_end)) later = &kernel.groups_[first + rest];
+          at = &next;
         }
+        const bool fetch = later != nullptr && later->valid_rows >= group.valid_rows;
+        call.next_y = fetch ? to + at->target : nullptr;
+        if (fetch) call.next_row_offset = row_offset + later->row;
         call.rows = group.rows;
         call.valid_rows = group.valid_rows;
         if (kernel.kernels_.tiles != nullptr) {
@@ -703,6 +721,9 @@ struct ConvKernel::Work {
     const bool as_is = (plan.side_masked && a.strides[2] == 1 && plan.margin == 0) || (inner == inner_input && a.kernel[1] == 1 && a.kernel[2] == 1 &&
                                             a.strides[1] == 1 && a.strides[2] == 1 && a.pads_begin[1] == 0 &&
                                             a.pads_begin[2] == 0);
+    // Planes of the even and the odd columns of an input of even width are made in one go.
+    const bool split = plan.side_masked && a.strides[2] == 2 && plan.input[2] == 2 * width &&
+                       kernel.kernels_.precision == Precision::kFloat32;
     const Plan::Tile& last = plan.tiles[strip.tile_end - 1];
     const bool packed_tail = plan.tail_width > 0 && last.mode == TapMode::kTail;
     bool left_side[kMostTailPixels] = {}, right_side[kMostTailPixels] = {};
@@ -720,6 +741,18 @@ struct ConvKernel::Work {
         const int64_t row_begin = first < 0 ? std::min(rows, ceil_div(-first, stride)) : 0;
         const int64_t room = plan.input[0] - first;
         const int64_t row_end = std::max(row_begin, room <= 0 ? 0 : std::min(rows, ceil_div(room, stride)));
+        if (split && row_end > row_begin) {
+          float* even = to + phase.offset;
+          float* odd = even + phase.rows * inner;
+          for (float* plane : {even, odd}) {
+            zero(plane, row_begin * inner, from.quantized);
+            zero(plane + row_end * inner, (rows - row_end) * inner, from.quantized);
+          }
+          kernel.kernels_.split_rows({even + row_begin * inner, odd + row_begin * inner,
+                                      from.from[0] + (first + row_begin * stride) * inner_input, row_end - row_begin, width,
+                                      stride * inner_input});
+          continue;
+        }
         for (size_t i = 0; i < plan.inner_taps.size(); ++i) {
           float* plane = to + phase.offset + static_cast<int64_t>(i) * phase.rows * inner;
           zero(plane, row_begin * inner, from.quantized);

@@ -157,15 +157,14 @@ TETRIS_INLINE void add_channels(const ConvTile& tile, typename V::Sum (&acc)[Row
   const typename V::Mask all[Vectors] = {};
   const float* first = tile.x + tile.tap_offset[0];
   const float* w = tile.weight;
-  const int64_t* offset = tile.channel_offset;
-  const int64_t* end = offset + tile.channels;
   TETRIS_UNROLL_TWICE
-  for (; offset != end; ++offset, w += Rows) {
-    const float* row = first + *offset;
+  for (int64_t i = 0; i < tile.channels; ++i, w += Rows) {
+    const float* row = first + tile.channel_offset[i];
     TETRIS_PREFETCH_L2(w + kConvPrefetch);
     if constexpr (Fetch) {
+      const float* next = tile.next_x + tile.channel_offset[i];
       TETRIS_UNROLL
-      for (int v = 1; v <= Vectors; ++v) TETRIS_PREFETCH_L1(row + tile.next_x + v * V::kLanes - 1);
+      for (int v = 1; v <= Vectors; ++v) TETRIS_PREFETCH_L1(next + v * V::kLanes - 1);
     }
     add_tap<false>(acc, row, w, all, V::Vec{});
     extra.add(row[Vectors * V::kLanes], w);
@@ -242,7 +241,7 @@ void conv_tile_impl(const ConvTile& tile) {
   int64_t i = 0;
   if constexpr (Mode == TapMode::kPlain) {
     if (taps == 1) {
-      if (tile.next_x == 0) {
+      if (tile.next_x == nullptr) {
         add_channels<false, Extra>(tile, acc, extra);
       } else {
         add_channels<true, Extra>(tile, acc, extra);
@@ -554,6 +553,30 @@ void copy_row_end(float* to, const float* from, const RowCopy& copy, int64_t i) 
   for (int64_t j = copy.before + copy.count; j < copy.width; ++j) to[j] = 0.0F;
 }
 
+// A template only because the other precisions' traits have not all that it needs.
+template <class Traits>
+void split_rows(const RowSplit& split) {
+  constexpr int64_t kLanes = Traits::kLanes;
+  // Rows are read and written in whole vectors, what is beyond their end is the next rows' business: not of the last rows.
+  const int64_t beyond = 2 * ((split.width + kLanes - 1) / kLanes * kLanes - split.width);
+  const int64_t whole = split.rows - (beyond + 2 * split.width - 1) / (2 * split.width);
+  for (int64_t r = 0; r < split.rows; ++r) {
+    const float* from = split.from + r * split.from_stride;
+    float *even = split.even + r * split.width, *odd = split.odd + r * split.width;
+    const int64_t vectors = r < whole ? split.width : split.width - split.width % kLanes;
+    int64_t i = 0;
+    for (; i < vectors; i += kLanes) {
+      const auto low = Traits::load(from + 2 * i), high = Traits::load(from + 2 * i + kLanes);
+      Traits::store(even + i, Traits::even(low, high));
+      Traits::store(odd + i, Traits::odd(low, high));
+    }
+    for (; i < split.width; ++i) {
+      even[i] = from[2 * i];
+      odd[i] = from[2 * i + 1];
+    }
+  }
+}
+
 void pool_rows(const PoolRows& pool) {
   for (int64_t r = 0; r < pool.rows; ++r) {
     const float* upper = pool.from + 2 * r * pool.from_width;
@@ -598,6 +621,7 @@ constexpr KernelSet make_kernel_set(const char* name) {
   set.pool_rows = pool_rows;
   if constexpr (Traits::kPrecision == Precision::kFloat32) {
     set.copy_rows = Traits::copy_rows;
+    set.split_rows = split_rows<Traits>;
     set.winograd_input = winograd_input<Traits>;
     set.winograd_output = winograd_output<Traits>;
   } else {

@@ -55,9 +55,9 @@ struct ConvTile {
   int vectors;                // 1 to KernelSet::conv_vectors
   TapMode mode;
   int distant_taps;  // kSideMasked: how many of the three lie in cache lines of their own
-  // kPlain: what is fetched ahead for later tiles. Where the next one begins, from x (of one tap only; 0: nothing); and as
-  // many rows of y (or null), which are where the addend is.
-  int64_t next_x;
+  // What later tiles will use, to be fetched ahead: the pixels at next_x, of the same channels (kPlain of one tap only; null:
+  // nothing), and as many rows of y and of the addend, which are in the same place (null: nothing).
+  const float* next_x;
   const float* next_y;
   const int64_t* next_row_offset;
   bool extra;  // kPlain, one tap, KernelSet::conv_vectors vectors, no lanes cut off: one more pixel after the vectors
@@ -104,6 +104,14 @@ struct GemmTile {
 struct RowCopy {
   int64_t rows, width, before, count;
   int64_t from_stride, stride;
+};
+
+// Copies rows of 2 * width numbers, parted: even[r * width + i] = from[r * from_stride + 2 * i], and the same of
+// odd from 2 * i + 1. Rows lie at least 2 * width apart.
+struct RowSplit {
+  float *even, *odd;
+  const float* from;
+  int64_t rows, width, from_stride;
 };
 
 // Largest values of 2 x 2 windows: to[r][j] = max(from[2r][2j], from[2r][2j + 1], from[2r + 1][2j], from[2r + 1][2j + 1]),
@@ -195,6 +203,7 @@ struct KernelSet {
   void (*conv_tile)(const ConvTile& tile);
   void (*gemm_tile)(const GemmTile& tile);
   void (*copy_rows)(float* to, const float* from, const RowCopy& copy);  // kFloat32 only
+  void (*split_rows)(const RowSplit& split);                                 // likewise
   // As copy_rows, for the other precisions: rounds and packs; what is outside is the element that stands for zeros.
   void (*pack_rows)(float* to, const PackedRows& rows, const RowCopy& copy);
   // kInt8 only: the least and the largest of `count` numbers, and 0; NaN if one of them is.
