@@ -89,3 +89,16 @@ def test_wrong_input(shape: tuple[int, ...]) -> None:
     model = pool_model([None] * len(shape), kernel_shape=[2, 2])
     with pytest.raises(Exception, match="ChannelsLastMaxPool node 'pool': input 'X' has shape"):
         models.session(model).run(None, {"x": np.zeros(shape, np.float32)})
+
+
+@pytest.mark.parametrize("pads", [(2**63 - 1, 0, 0, 0), (0, 0, -(2**63), 0), (2**62,) * 4])
+def test_pads_without_bounds(pads: tuple[int, ...]) -> None:
+    with pytest.raises(Exception, match="attribute pads"):
+        models.session(pool_model((1, 4, 4, 3), kernel_shape=(2, 2), strides=(2, 2), pads=pads))
+
+
+@pytest.mark.parametrize("size", [2**40, 2**62, 2**63 - 1])
+def test_declared_sizes_without_bounds(size: int) -> None:
+    session = models.session(pool_model(("N", size, "W", 3), kernel_shape=(2, 2), strides=(2, 2), pads=(1, 1, 1, 1)))
+    with pytest.raises(Exception):  # noqa: B017  (onnxruntime's own, of a size that differs)
+        session.run(None, {"x": np.zeros((1, 4, 4, 3), np.float32)})

@@ -238,3 +238,29 @@ def test_unknown_instruction_set(conv: Op, monkeypatch: pytest.MonkeyPatch, valu
 def test_empty_instruction_set_means_any(conv: Op, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TETRIS_ONNX_ISA", "")
     models.session(models.make_model(conv, [1, 10, 5, 5]))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 10, 2**63 - 1, 5),
+        (1, 10, 2**62, 2**62),
+        (1, 10, 2**31, 2**31),
+        (2**63 - 1, 10, 5, 5),
+        (2**40, 10, 70_000, 70_000),
+    ],
+)
+def test_declared_sizes_without_bounds(conv: Op, shape: tuple[int, ...]) -> None:
+    # Nothing is computed or allocated by what a file says the input will be.
+    session = models.session(models.make_model(conv, list(shape)))
+    with pytest.raises(Exception):  # noqa: B017  (onnxruntime's own, of a size that differs)
+        session.run(None, {"x": np.zeros((1, 10, 5, 5), np.float32)})
+
+
+@pytest.mark.parametrize("shape", [(0, 10, 2**62, 2**62), (0, 10, 2**63 - 1, 5), (0, 10, 2**33, 5)])
+def test_sizes_of_an_empty_batch(conv: Op, shape: tuple[int, ...]) -> None:
+    model = models.make_model(conv, [1])
+    model.graph.input[0].type.tensor_type.ClearField("shape")
+    session = models.session(model)
+    with pytest.raises(Exception):  # noqa: B017  (ours, or numpy's or onnxruntime's before)
+        session.run(None, {"x": np.zeros(shape, np.float32)})

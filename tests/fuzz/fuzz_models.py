@@ -1,4 +1,4 @@
-"""Hostile files: mutates small models, bytewise and field by field, and runs the commands on them.
+"""Hostile files: mutates small models, plans, samples and config files, and runs the commands on them.
 
     python tests/fuzz/fuzz_models.py --count 10000 --seed 0 [--keep FOLDER]
 
@@ -21,8 +21,9 @@ import struct
 import sys
 import tempfile
 import time
+import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,6 @@ from tetris_onnx.config import Config, LayerRule  # noqa: E402
 SECONDS = 20  # of processor time, for one file
 GIGABYTES = 4  # of private memory
 _WORKER_FILES = 200
-_CONFIG_NAME = "fuzz.toml"
 # Every layer that can be pruned is: it is named by a rule, so that no prediction keeps it dense.
 CONFIG = 'block_size = "8x8"\n[layers."*"]\nsparsity = 0.5\n'
 # Outcomes that are right; all others are failures.
@@ -297,39 +297,96 @@ def _bytes(old: bytes, rng: random.Random) -> bytes:
     return mutate_bytes(old, rng)
 
 
-def content(case: Case, models: Sequence[onnx.ModelProto]) -> bytes:
-    """The file of a case."""
+def mutate_arrays(file: bytes, rng: random.Random) -> bytes:
+    """An .npz with bytes of its members changed (and the archive right), or with bytes of the archive changed."""
+    if rng.random() < 0.3:
+        return mutate_bytes(file, rng)
+    with zipfile.ZipFile(io.BytesIO(file)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        name = rng.choice(list(members))
+        kind = rng.randrange(6)
+        if kind == 0:
+            del members[name]
+        elif kind == 1:
+            members[name] = members[rng.choice(list(members))]
+        elif kind == 2:
+            header = rng.choice((b"(4294967296, 4294967296)", b"(-1,)", b"(0,)", b"(9223372036854775807,)", b"()"))
+            members[name] = members[name].replace(b"(32,)", header).replace(b"(64, 16, 8, 8)", header)
+        elif kind == 3:
+            members[name] = members[name].replace(b"<f4", rng.choice((b"|O ", b"<U9", b"<f8", b"<i1", b">i8")))
+        else:
+            members[name] = mutate_bytes(members[name], rng)
+        members = members or {"x": b""}
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return made.getvalue()
+
+
+def files(case: Case, models: Sequence[onnx.ModelProto]) -> dict[str, bytes]:
+    """The files of a case: the model, and those that a command may take with it. One of them is hostile."""
     rng = random.Random(case.seed)
     model = onnx.ModelProto()
     model.CopyFrom(models[rng.randrange(len(models))])
-    structural = rng.random() < 0.75
-    if structural:
-        mutate_fields(model, rng)
-    data = model.SerializePartialToString()
-    if not structural or rng.random() < 0.05:
-        data = mutate_bytes(data, rng)
-    return data
+    found = {"model.onnx": b"", "fuzz.toml": CONFIG.encode()}
+    kind = rng.random()
+    if kind < 0.85:
+        structural = rng.random() < 0.75
+        if structural:
+            mutate_fields(model, rng)
+        found["model.onnx"] = model.SerializePartialToString()
+        if not structural or rng.random() < 0.05:
+            found["model.onnx"] = mutate_bytes(found["model.onnx"], rng)
+        return found
+    found["model.onnx"] = models[0].SerializeToString()
+    if kind < 0.9:
+        found["fuzz.toml"] = mutate_bytes(found["fuzz.toml"], rng)
+    elif kind < 0.95:
+        found["plan.npz"] = mutate_arrays(_PLAN, rng)
+    else:
+        found["samples.npz"] = mutate_arrays(_SAMPLES, rng)
+    return found
 
 
-def command(case: Case, model: Path, output: Path) -> list[str]:
-    """The command line of a case."""
+def _plan() -> bytes:
+    layer = {"out_perm": np.arange(32), "in_perm": np.arange(32), "block_size": np.array([8, 8])}
+    arrays = {f"0.{name}": value for name, value in layer.items()} | {"0.keep": np.eye(4, dtype=bool)}
+    file = io.BytesIO()
+    np.savez(file, format=np.array("tetris-onnx plan 1"), layers=np.array(["conv2"]), **arrays)
+    return file.getvalue()
+
+
+def _samples() -> bytes:
+    rng = np.random.default_rng(0)
+    file = io.BytesIO()
+    np.savez(file, x=rng.standard_normal((64, 16, 8, 8), np.float32), label=np.arange(64) % 10)
+    return file.getvalue()
+
+
+_PLAN, _SAMPLES = _plan(), _samples()
+
+
+def command(case: Case, folder: Path, names: Container[str]) -> list[str]:
+    """The command line of a case, for the files ``names`` in ``folder``."""
     rng = random.Random(case.seed + 1)
-    optimizing = [
-        "optimize",
-        str(model),
-        "-o",
-        str(output),
-        "--config",
-        str(model.with_name(_CONFIG_NAME)),
-        "--reorder",
-    ]
+    model, config = str(folder / "model.onnx"), ["--config", str(folder / "fuzz.toml")]
+    optimizing = ["optimize", model, "-o", str(folder / "out.onnx"), "--reorder"]
+    if "plan.npz" in names:
+        return [*optimizing[:-1], "--plan", str(folder / "plan.npz")]
+    if "samples.npz" in names:
+        samples = str(folder / "samples.npz")
+        if rng.random() < 0.3:
+            return [*optimizing, "none", *config, "--calibration", samples]
+        return ["compare", model, model, "--data", samples]
     return rng.choice(
         (
-            ["inspect", str(model)],
-            [*optimizing, "none"],
-            [*optimizing, "none", "--precision", "bf16"],
-            [*optimizing, rng.choice(("none", "greedy")), "--gathers", rng.choice(("keep", "absorb"))],
-            ["compare", str(model), str(model), "--samples", "1"],
+            ["inspect", model, *config],
+            [*optimizing, "none", *config],
+            [*optimizing, "none", *config, "--precision", "bf16"],
+            [*optimizing, rng.choice(("none", "greedy")), *config, "--gathers", rng.choice(("keep", "absorb"))],
+            ["compare", model, model, "--samples", "1"],
         )
     )
 
@@ -339,21 +396,22 @@ def command(case: Case, model: Path, output: Path) -> list[str]:
 
 def attempt(case: Case, models: Sequence[onnx.ModelProto], folder: Path) -> Outcome:
     """Run one case in this process."""
-    model, output = folder / "model.onnx", folder / "out.onnx"
-    data = content(case, models)
-    model.write_bytes(data)
-    model.with_name(_CONFIG_NAME).write_text(CONFIG)
+    given = files(case, models)
+    for name, data in given.items():
+        (folder / name).write_bytes(data)
     out, err = io.StringIO(), io.StringIO()
-    args = command(case, model, output)
+    args = command(case, folder, given)
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = cli.run(args)
     text = f"{args[0]}: {err.getvalue()}"
     lines = [line for line in err.getvalue().splitlines() if not line.startswith("note: ")]
-    left = sorted(path.name for path in folder.iterdir() if path.name not in (model.name, _CONFIG_NAME))
+    left = sorted({path.name for path in folder.iterdir()} - given.keys())
     wrote = code == 0 and args[0] == "optimize"
     if "unexpected: " in text:
         return Outcome(case.number, "unexpected", text)
-    if left != (["out.onnx"] if wrote else []) or model.read_bytes() != data:
+    if left != (["out.onnx"] if wrote else []) or any(
+        (folder / name).read_bytes() != data for name, data in given.items()
+    ):
         return Outcome(case.number, "half a file", f"{text}; files {left}")
     if code != 0 and (len(lines) != 1 or not lines[0].startswith("error: ")):
         return Outcome(case.number, "several lines", text)
@@ -410,7 +468,7 @@ def fuzz(
                 died = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
                 kind = "timeout" if died == signal.SIGPROF else "crash"
                 how = signal.Signals(died).name if died else f"exit code {os.waitstatus_to_exitcode(status)}"
-                outcomes.append(Outcome(case.number, kind, f"{command(case, Path('M'), Path('O'))[0]}: {how}"))
+                outcomes.append(Outcome(case.number, kind, f"{command(case, Path(), files(case, models))[0]}: {how}"))
                 if progress is not None:
                     progress(outcomes[-1])
     return outcomes
@@ -434,10 +492,10 @@ def main() -> int:
     cases = make_cases(args.count if args.only is None else args.only + 1, args.seed)
     if args.only is not None:
         folder = args.keep or Path(tempfile.mkdtemp())
-        model = folder / "model.onnx"
-        model.write_bytes(content(cases[args.only], models))
-        model.with_name(_CONFIG_NAME).write_text(CONFIG)
-        line = command(cases[args.only], model, folder / "out.onnx")
+        given = files(cases[args.only], models)
+        for name, data in given.items():
+            (folder / name).write_bytes(data)
+        line = command(cases[args.only], folder, given)
         print(" ".join(line))
         return cli.run(["--debug", *line])
     start = time.monotonic()
@@ -446,9 +504,10 @@ def main() -> int:
         if outcome.kind not in GOOD:
             print(f"{outcome.number}: {outcome.kind}: {' '.join(outcome.text.split())[:300]}", flush=True)
             if args.keep is not None:
-                args.keep.mkdir(parents=True, exist_ok=True)
-                file = args.keep / f"{args.seed}_{outcome.number}.onnx"
-                file.write_bytes(content(cases[outcome.number], models))
+                folder = args.keep / f"{args.seed}_{outcome.number}"
+                folder.mkdir(parents=True, exist_ok=True)
+                for name, data in files(cases[outcome.number], models).items():
+                    (folder / name).write_bytes(data)
         elif outcome.number % 1000 == 999:
             print(f"{outcome.number + 1} files, {time.monotonic() - start:.0f} s", flush=True)
 
