@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import io
 import os
 import pickle
@@ -420,6 +421,7 @@ def attempt(case: Case, models: Sequence[onnx.ModelProto], folder: Path) -> Outc
 
 def _work(cases: Sequence[Case], models: Sequence[onnx.ModelProto], folder: Path, report: int) -> None:
     """A worker: runs ``cases`` one after another and sends what came out."""
+    faulthandler.disable()  # pytest's would tell of each crash
     limit = GIGABYTES * 2**30
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -127,6 +127,24 @@ class TestSave:
         assert list(tmp_path.iterdir()) == []
 
     @pytest.mark.parametrize("large", [False, True])
+    def test_a_disk_that_is_full(self, tmp_path: Path, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        resource = pytest.importorskip("resource")
+        path = tmp_path / "m.onnx"
+        io.save(small().build(), path)
+        before = path.read_bytes()
+        if large:
+            monkeypatch.setattr(io, "_MAX_PROTO_BYTES", 1000)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            with pytest.raises(ModelError, match=r"cannot write .*m\.onnx: File too large"):
+                io.save(dense(), path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert path.read_bytes() == before
+        assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+    @pytest.mark.parametrize("large", [False, True])
     def test_no_such_folder(self, tmp_path: Path, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         if large:
             monkeypatch.setattr(io, "_MAX_PROTO_BYTES", 100)
