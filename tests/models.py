@@ -212,10 +212,15 @@ def random_plan(
 
 
 def rewrite(
-    model: onnx.ModelProto, plan: Plan, gathers: str = "absorb", until: str | None = None, target: str = "cpu"
+    model: onnx.ModelProto,
+    plan: Plan,
+    gathers: str = "absorb",
+    until: str | None = None,
+    target: str = "cpu",
+    whole: Sequence[str] = (),
 ) -> onnx.ModelProto:
     """``model`` after the passes of `optimize`, or after those up to the one named ``until``."""
-    steps = pipeline(plan, gathers, target=target)
+    steps = pipeline(plan, gathers, target=target, whole=whole)
     if until is not None:
         steps = steps[: [step.name for step in steps].index(until) + 1]
     return io.to_proto(run_passes(io.to_graph(model), steps), model)
@@ -237,21 +242,19 @@ def check_rewrite(
     dynamic: int = 2,
     tolerance: float = TOLERANCE,
     left: int | None = 0,
-    whole: int = 0,
 ) -> onnx.ModelProto:
     """Rewrite ``model`` and compare it with the dense model with the same blocks zeroed, in plain onnxruntime.
 
     So is what the passes for the CUDA target make of it, which differs in its layout only.
 
-    ``left``: how many Gathers have to be there (None: any number). ``whole``: how many first convolutions our operator
-    runs with all their blocks, beside the layers of ``plan``. Returns the model rewritten for the CPU.
+    ``left``: how many Gathers have to be there (None: any number). Returns the model rewritten for the CPU.
     """
     plan = random_plan(model) if plan is None else plan
     before = model.SerializeToString()
     result = rewrite(model, plan, gathers)
     reference = masked_dense(model, plan)
     assert model.SerializeToString() == before
-    assert len(block_sparse_nodes(result)) == len(plan) + whole
+    assert len(block_sparse_nodes(result)) == len(plan)
     onnx.checker.check_model(result, full_check=True)
     feed = random_feed(model, dynamic)
     error = relative_error(run(reference, feed), run(result, feed))

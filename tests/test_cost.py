@@ -8,16 +8,19 @@ import numpy as np
 import pytest
 
 from tetris_onnx.cost import (
+    ALGORITHMS,
     AVX512,
     BUILT_IN,
     DENSE_WORK,
     KINDS,
     SPARSE_WORK,
     LayerShape,
+    algorithms,
     dense_work,
     fit,
     predict,
     predict_dense,
+    predict_reorder,
     sparse_work,
 )
 
@@ -58,10 +61,12 @@ def test_the_work_is_counted() -> None:
     assert sparse["wide"] == 64 * 32 * 9 * 196 / 4  # 196 = 12 vectors and 4 pixels
     assert sparse["weights"] == 64 * 32 * 9 / 4
     assert sparse["panel"] == pytest.approx(32 * 196 * (1 - 0.75**2))
-    # Many channels: by Winograd's algorithm, F(4x4, 3x3), 36 multiplications for 144.
-    many = LayerShape(1024, 1024, (3, 3), (1, 1), (1, 1), (56, 56), (56, 56))
-    direct = many.multiplications
-    assert direct / 4 < dict(zip(SPARSE_WORK, sparse_work(many, 1.0, (32, 32)), strict=True))["wide"] < direct / 2
+    # By Winograd's algorithm, F(4x4, 3x3): 36 multiplications for 144, of 16 tiles at a time; the weights once a strip.
+    many = LayerShape(1024, 1024, (3, 3), (1, 1), (1, 1), (64, 64), (64, 64))
+    work = dict(zip(SPARSE_WORK, sparse_work(many, 0.5, (32, 32), algorithm="winograd4"), strict=True))
+    assert work["winograd"] == many.multiplications / 4 / 2 and work["wide"] == work["weights"] == 0
+    assert work["transformed"] == 1024 * 1024 * 36 / 2 * 6  # 256 tiles in strips of 48
+    assert work["transform"] == pytest.approx(36 * (1024 * 16 + 1024 * 16), rel=1e-6)
     # Blocks of 12 rows are a group of 8 and one of 4; 7x7 pixels 3 vectors and 1; 5x5 two vectors.
     small = LayerShape(24, 8, (1, 1), (1, 1), (1, 1), (5, 5), (5, 5))
     assert dict(zip(SPARSE_WORK, sparse_work(small, 1.0, (12, 8)), strict=True))["pointwise"] == 24 * 8 * 32
@@ -97,16 +102,36 @@ def test_weights_of_a_large_network_come_from_memory() -> None:
 
 
 def test_threads_divide_the_work_but_not_the_call() -> None:
-    machine = replace(AVX512, fork=1000.0, serial=0.1)
-    for one, two in (
-        (predict_dense(WIDE, machine), predict_dense(WIDE, machine, 2)),
-        (float(predict(WIDE, 0.5, (32, 32), machine)), float(predict(WIDE, 0.5, (32, 32), machine, 2))),
+    machine = replace(AVX512, fork=(1000.0, 2000.0), serial=(0.1, 0.2))
+    for one, two, call, fork, serial in (
+        (predict_dense(WIDE, machine), predict_dense(WIDE, machine, 2), machine.dense["call"], 1000, 0.1),
+        (
+            *(float(predict(WIDE, 0.5, (32, 32), machine, threads)) for threads in (1, 2)),
+            machine.sparse["call"],
+            2000,
+            0.2,
+        ),
     ):
         assert one / 2 < two < one
-    call = 1e-9 * machine.dense["call"]
-    assert predict_dense(WIDE, machine, 2) == pytest.approx(
-        call + 1e-6 + (predict_dense(WIDE, machine) - call) * (0.1 + 0.9 / 2)
-    )
+        work = one - 1e-9 * call
+        assert two == pytest.approx(1e-9 * (call + fork) + work * (serial + (1 - serial) / 2))
+
+
+def test_a_change_of_layout_takes_a_call_and_a_time_for_each_value() -> None:
+    machine = replace(AVX512, reorder=(1000.0, 0.5), serial=(0.0, 0.0))
+    assert predict_reorder(4000, machine) == pytest.approx(3e-6)
+    assert predict_reorder(4000, machine, 2) == pytest.approx(2e-6)
+
+
+def test_a_precision_multiplies_faster_where_the_machine_has_it() -> None:
+    layer = LayerShape(512, 512, (1, 1), (1, 1), (1, 1), (28, 28), (28, 28))
+    exact = float(predict(layer, 0.5, (32, 32), AVX512))
+    assert float(predict(layer, 0.5, (32, 32), replace(AVX512, precisions={}), precision="bf16")) == exact
+    has = replace(AVX512, precisions={"bf16": 0.5, "int8": 0.25})
+    bf16, int8 = (float(predict(layer, 0.5, (32, 32), has, precision=p)) for p in ("bf16", "int8"))
+    assert int8 < bf16 < 0.7 * exact
+    # A 3x3 layer that Winograd's algorithm computes faster in float32 takes that in bf16, not in int8.
+    assert algorithms(WIDE, "bf16") == ALGORITHMS and algorithms(WIDE, "int8") == ("direct",) == algorithms(layer)
 
 
 def test_every_instruction_set_has_coefficients() -> None:

@@ -15,7 +15,7 @@ from tetris_onnx.graph.io import ModelError
 from tetris_onnx.machine import built_in, cache_path, load_machine, machine_key, measured, save_machine
 from tetris_onnx.processor import instruction_set
 
-OTHER = replace(AVX512, fork=1.25, dense={**AVX512.dense, "wide": 0.5})
+OTHER = replace(AVX512, fork=(1.25, 2.5), precisions={"bf16": 0.5}, dense={**AVX512.dense, "wide": 0.5})
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,8 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_without_a_measurement_the_built_in_ones_count() -> None:
-    assert load_machine() == built_in() == BUILT_IN[instruction_set()]
+    assert load_machine() == built_in()
+    assert replace(built_in(), precisions={}) == BUILT_IN[instruction_set()]
     assert not measured(load_machine())
 
 
@@ -52,7 +53,7 @@ def test_several_machines_share_a_folder(monkeypatch: pytest.MonkeyPatch, own_ca
     with monkeypatch.context() as patch:
         patch.setattr(machine_module, "cpu_name", lambda: "Another CPU")
         save_machine(AVX512)
-    assert load_machine().fork == 1.25
+    assert load_machine().fork == (1.25, 2.5)
     assert len(json.loads(own_cache.read_text())) == 2
 
 
@@ -74,9 +75,13 @@ def test_a_broken_file_counts_as_none_and_is_replaced(own_cache: Path, content: 
     [
         ("lanes", 0),
         ("lanes", "16"),
-        ("fork", -1.0),
-        ("fork", "1"),
+        ("fork", 1.0),
+        ("fork", [1.0, -1.0]),
+        ("fork", "12"),
         ("serial", None),
+        ("reorder", [1.0, 2.0, 3.0]),
+        ("precisions", {"bf16": float("inf")}),
+        ("precisions", None),
         ("dense", {}),
         ("dense", {**AVX512.dense, "call": float("nan")}),
         ("sparse", {**AVX512.sparse, "wide": -0.1}),
@@ -127,6 +132,26 @@ def test_instruction_sets(machine: str, flags: set[str], expected: str, monkeypa
     monkeypatch.setattr(processor.platform, "machine", lambda: machine)
     monkeypatch.setattr(processor, "cpu_flags", lambda: flags)
     assert instruction_set() == expected
+
+
+@pytest.mark.parametrize(
+    ("forced", "flags", "expected"),
+    [
+        ("", {"avx512_vnni", "avx512_bf16"}, ("int8", "bf16")),
+        ("", {"avx512_vnni"}, ("int8",)),
+        ("", set(), ()),
+        ("avx512", {"avx512_vnni", "avx512_bf16"}, ()),
+        ("avx512_vnni", {"avx512_vnni", "avx512_bf16"}, ("int8",)),
+        ("avx512_bf16", {"avx512_vnni"}, ("int8",)),
+        ("scalar", {"avx512_vnni", "avx512_bf16"}, ()),
+    ],
+)
+def test_precisions(forced: str, flags: set[str], expected: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TETRIS_ONNX_ISA", forced)
+    monkeypatch.setattr(processor, "cpu_flags", lambda: {"avx512f", "avx512dq", "avx512bw", "avx512vl"} | flags)
+    assert processor.precisions() == expected == tuple(built_in().precisions)
+    if forced.startswith("avx512"):
+        assert built_in().lanes == 16
 
 
 def test_forced_kernels_are_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:

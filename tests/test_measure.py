@@ -22,8 +22,8 @@ TRUTH = replace(
     AVX512,
     dense={name: 2 * c for name, c in AVX512.dense.items()},
     sparse={name: 3 * c for name, c in AVX512.sparse.items()},
-    fork=2000.0,
-    serial=0.25,
+    fork=(2000.0, 4000.0),
+    serial=(0.25, 0.1),
 )
 
 
@@ -56,8 +56,8 @@ def test_the_coefficients_come_out_of_the_times(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(measure.os, "cpu_count", lambda: 4)
     steps: list[tuple[int, int]] = []
     found = measure_machine(lambda *step: steps.append(step))
-    assert steps == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
-    assert found.layers == 2 * (2 * len(_warm()) + len(_cold()))
+    assert steps == [(0, 5), (1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
+    assert found.layers == 2 * (3 * len(_warm()) + len(_cold()))
     assert found.error < 0.02  # the prior pulls a little
     for shape in (*_warm(), *_cold()):
         for threads in (1, 4):

@@ -74,7 +74,7 @@ def test_layers_that_lose_are_dense_again(measured: Callable[..., list[dict]]) -
     assert op_counts(result.model)["BlockSparseConv"] == 2 and op_counts(result.model)["Conv"] == 1
     first, second, third = result.report.layers
     assert (first.status, first.measured_ms) == ("block-sparse", (1.0, 0.5)) == (third.status, third.measured_ms)
-    assert second.status == "dense" and second.reason == "measured 1.5 ms block-sparse against 1 ms dense"
+    assert second.status == "dense" and second.reason == "measured 1.5 ms by our operator against 1 ms dense"
     assert (second.density, second.kept_parameters, second.block_size) == (1.0, second.parameters, None)
     assert second.measured_ms == (1.0, 1.0), "as it is now"
     assert result.report.milliseconds == (3.0, 1.5) and result.report.speedup == (2.0, 1.8, 1.9)
@@ -82,6 +82,16 @@ def test_layers_that_lose_are_dense_again(measured: Callable[..., list[dict]]) -
     weights = {i.name: onnx.numpy_helper.to_array(i) for i in result.model.graph.initializer}
     assert any(w.shape == (16, 16, 3, 3) and (w != 0).all() for w in weights.values())
     assert result.report.max_error < 1e-4
+
+
+def test_a_layer_kept_whole_that_loses_is_dense_again(measured: Callable[..., list[dict]]) -> None:
+    calls = measured(lambda call, name: 1.5 if name == "node_conv2" else 0.5)
+    config = Config(sparsity=0.0, threads=2, layers=(LayerRule("node_conv2", sparsity=0.0),))
+    result = optimize(network(), config, measure=True)
+    assert calls[0]["sparse"] == ["node_conv1", "node_conv2", "node_conv3"] and calls[0]["threads"] == 2
+    assert [row.status for row in result.report.layers] == ["whole", "dense", "whole"]
+    assert result.report.layers[1].reason == "measured 1.5 ms by our operator against 1 ms dense"
+    assert op_counts(result.model)["Conv"] == 1
 
 
 def test_what_is_slow_only_once_is_noise(measured: Callable[..., list[dict]]) -> None:

@@ -1,7 +1,8 @@
 """One budget for the whole network: which layer keeps how many blocks (see `algorithms.allocation`).
 
 - ``global``: as many multiplications as the same sparsity in every layer would leave, spread to lose the least;
-- ``latency``: the predicted time (`cost`) of all layers, those that stay dense included, as a share of the dense one's.
+- ``latency``: the predicted time (`cost`) of all layers, those that are not pruned included, as a share of the dense
+  one's. A layer that our operator runs faster whole counts with that time: it need not be pruned for it.
 
 Layers that a rule of the config skips or gives a sparsity of their own keep it, whatever the others get.
 """
@@ -17,7 +18,6 @@ from numpy.typing import NDArray
 from tetris_onnx.algorithms.allocation import BudgetError, Options, allocate, kept_counts, kept_shares
 from tetris_onnx.algorithms.blocks import block_grid, keep_count
 from tetris_onnx.config import Config
-from tetris_onnx.cost import predict, predict_dense
 from tetris_onnx.planner import Candidate
 from tetris_onnx.sensitivity import Sensitivity, is_free
 
@@ -92,25 +92,24 @@ def _time_budget(candidates: Sequence[Candidate], speedup: float) -> Budget:
     costs: dict[str, NDArray[np.float64]] = {}
     total = fixed = 0.0
     for candidate in candidates:
-        shape, machine = candidate.shape, candidate.machine
-        if shape is None:
+        unpruned = candidate.unpruned_seconds
+        times = None if unpruned is None else candidate.seconds(_shares(candidate))
+        if times is None or unpruned is None:
             if is_free(candidate):
                 raise BudgetError(
                     f"the time of layer {candidate.layer.name!r} is not known, since the model leaves its size open: "
                     "fix the input's shape, or use allocation global"
                 )
             continue
-        dense = predict_dense(shape, machine)
+        dense, sparse = times
         total += dense
+        sparse[-1] = unpruned
         if candidate.why_dense:
-            fixed += dense
-            continue
-        times = predict(shape, _shares(candidate), candidate.block_size, machine)
-        times[-1] = dense
-        if is_free(candidate):
-            costs[candidate.layer.name] = times
+            fixed += unpruned
+        elif is_free(candidate):
+            costs[candidate.layer.name] = sparse
         else:
-            fixed += float(times[kept_blocks(candidate)])
+            fixed += float(sparse[kept_blocks(candidate)])
     return Budget(costs, total / speedup - fixed, fixed, "predicted time")
 
 

@@ -19,16 +19,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tetris_onnx.cli_options import Bgr, BlockSize, ImageSize, Json, Layout, Mean, Model, Provider, Scale, Shape, Std
+from tetris_onnx.cli_options import (
+    Bgr,
+    BlockSize,
+    ImageSize,
+    Importance,
+    Json,
+    Layout,
+    Mean,
+    Model,
+    Precision,
+    Provider,
+    Reorder,
+    Scale,
+    Shape,
+    Std,
+    Target,
+    Threads,
+)
 from tetris_onnx.cli_sweep import sweep
 from tetris_onnx.config import (
     ALLOCATIONS,
     GATHERS,
-    IMPORTANCES,
     MEASURED_IMPORTANCES,
-    PRECISIONS,
-    REORDERS,
-    TARGETS,
     Config,
     load_config,
     parse_block_size,
@@ -169,7 +182,7 @@ def optimize(
     layout: Layout = None,
     image_size: ImageSize = None,
     bgr: Bgr = False,
-    bench: Annotated[bool, typer.Option(help="Time the model before and after (one thread).")] = False,
+    bench: Annotated[bool, typer.Option(help="Time the model before and after.")] = False,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time each layer before and after; those that lose stay dense.")
     ] = False,
@@ -177,21 +190,11 @@ def optimize(
         str | None,
         typer.Option(metavar="|".join(GATHERS), help="What becomes of the channel reorderings.", show_default="absorb"),
     ] = None,
-    target: Annotated[
-        str | None,
-        typer.Option(metavar="|".join(TARGETS), help="The provider that will run the result.", show_default="cpu"),
-    ] = None,
-    precision: Annotated[
-        str | None, typer.Option(metavar="|".join(PRECISIONS), help="Of pruned layers.", show_default="float32")
-    ] = None,
-    reorder: Annotated[
-        str | None,
-        typer.Option(metavar="|".join(REORDERS), help="How to search for channel orders.", show_default="exact"),
-    ] = None,
-    importance: Annotated[
-        str | None,
-        typer.Option(metavar="|".join(IMPORTANCES), help="What a weight is worth.", show_default="auto"),
-    ] = None,
+    target: Target = None,
+    precision: Precision = None,
+    threads: Threads = None,
+    reorder: Reorder = None,
+    importance: Importance = None,
     save_plan: Annotated[Path | None, typer.Option(help="Write the plan (.npz).")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the report (.html, .json or .md).")] = None,
     dump_passes: Annotated[Path | None, typer.Option(help="Folder for the model after each pass.")] = None,
@@ -228,7 +231,7 @@ def optimize(
     chosen = _config(
         config, sparsity, block_size, gathers, reorder, importance, seed, target, allocation, speedup, precision
     )
-    chosen = replace(chosen, memory=int(min(memory, 1e9) * 1e9))
+    chosen = replace(chosen, memory=int(min(memory, 1e9) * 1e9), threads=threads or chosen.threads)
     if chosen.importance in MEASURED_IMPORTANCES and calibration is None:
         raise UsageError(
             f"importance {chosen.importance} is measured on samples: give --calibration FILE.npz, or use l1 or l2"
@@ -300,15 +303,18 @@ def inspect(
         typer.Option(help="TOML file with the options of each layer."),
     ] = None,
     block_size: BlockSize = None,
+    precision: Precision = None,
+    threads: Threads = None,
     json: Json = False,
 ) -> None:
     """List the layers of MODEL: shapes, which can be pruned, why not, and what pruning could win."""
-    chosen = _config(config, sparsity, block_size)
+    chosen = _config(config, sparsity, block_size, precision=precision)
+    chosen = replace(chosen, threads=threads or chosen.threads)
 
     from tetris_onnx.machine import load_machine
     from tetris_onnx.planner import OPEN_SIZES
     from tetris_onnx.planner import inspect as run_inspect
-    from tetris_onnx.report import count, layer_table, percent, total_ms
+    from tetris_onnx.report import count, layer_table, percent, threads_text, total_ms
 
     machine = load_machine().name
     layers = run_inspect(model, chosen)
@@ -343,7 +349,7 @@ def inspect(
     if times:
         console.print(
             f"predicted {times[0]:.3g} ms -> {times[1]:.3g} ms in these layers: {times[0] / times[1]:.2f}x "
-            f"({machine}, one thread)",
+            f"({machine}, {threads_text(chosen.threads)})",
             highlight=False,
         )
         if any(row.predicted_ms and row.macs is None for row in layers):
@@ -528,7 +534,7 @@ def _with_accuracy(
 def _with_times(report: Report, model: Path, result: Any, progress: Callable[[str, int, int], None]) -> Report:
     from tetris_onnx.bench import bench as run_bench
 
-    found = run_bench(model, result, seconds=_BENCH_SECONDS, progress=percent_of("bench", progress))
+    found = run_bench(model, result, report.threads, seconds=_BENCH_SECONDS, progress=percent_of("bench", progress))
     assert found.speedup is not None
     assert found.interval is not None
     first, second = (timing.median_ms for timing in found.timings)

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from tetris_onnx.config import IMPORTANCES, PRECISIONS, REORDERS, TARGETS
 from tetris_onnx.image_options import LAYOUTS
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file.", show_default=False)]
@@ -30,4 +31,23 @@ Bgr = Annotated[bool, typer.Option("--bgr", help="For images: channels in the or
 BlockSize = Annotated[
     str | None,
     typer.Option(metavar="ROWSxCOLS", help="Out x in channels of a block.", show_default="32x32, for cuda 64x64"),
+]
+Precision = Annotated[
+    str | None, typer.Option(metavar="|".join(PRECISIONS), help="Of pruned layers.", show_default="float32")
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(min=1, help="Threads of the sessions that will run the result: which layers gain.", show_default="1"),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(metavar="|".join(TARGETS), help="The provider that will run the result.", show_default="cpu"),
+]
+Reorder = Annotated[
+    str | None,
+    typer.Option(metavar="|".join(REORDERS), help="How to search for channel orders.", show_default="exact"),
+]
+Importance = Annotated[
+    str | None,
+    typer.Option(metavar="|".join(IMPORTANCES), help="What a weight is worth.", show_default="auto"),
 ]

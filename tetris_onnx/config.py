@@ -12,6 +12,9 @@ top-level values::
     [layers."classifier.*"]
     sparsity = 0.9
     block_size = "64x64"
+
+``skip`` leaves a layer alone: it is neither pruned nor refitted, and onnxruntime runs it. With a sparsity of 0 it is
+not pruned, but our operator may run it (see `operators`).
 """
 
 from __future__ import annotations
@@ -54,6 +57,7 @@ _TOP_KEYS = (
     "gathers",
     "target",
     "precision",
+    "threads",
     "sweeps",
     "seed",
     "layers",
@@ -115,6 +119,7 @@ class Config:
     gathers: str = "absorb"  # one of GATHERS
     target: str = "cpu"  # one of TARGETS: the provider that the result is made for (it is right on any)
     precision: str = "float32"  # one of PRECISIONS: what the products of the block-sparse layers are computed in
+    threads: int = 1  # of the sessions that will run the result: which layers gain depends on it
     sweeps: int | None = None  # how often to prune with calibration samples; None = twice where that takes little
     seed: int = 0
     workers: int | None = None  # processes; None = one per core
@@ -141,6 +146,8 @@ class Config:
             raise ConfigError(f"seed: expected an integer from 0, found {self.seed!r}")
         if self.sweeps is not None and (not _is_int(self.sweeps) or self.sweeps < 1):
             raise ConfigError(f"sweeps: expected an integer from 1, found {self.sweeps!r}")
+        if not _is_int(self.threads) or self.threads < 1:
+            raise ConfigError(f"threads: expected an integer from 1, found {self.threads!r}")
         if self.workers is not None and (not _is_int(self.workers) or self.workers < 1):
             raise ConfigError(f"workers: expected an integer from 1, found {self.workers!r}")
         if not _is_int(self.memory) or self.memory < 0:

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from tetris_onnx.calibration import CalibrationError, Data, InputSpec, Samples, count, fixed_batch
 from tetris_onnx.config import Config
 from tetris_onnx.cost import Machine
+from tetris_onnx.operators import choose
 from tetris_onnx.passes import NewWeights
 from tetris_onnx.plan import Plan
-from tetris_onnx.planner import Candidate, Progress, dense_where_slower, make_plan, match_plan, survey
+from tetris_onnx.planner import Candidate, Progress, make_plan, match_plan, survey
 from tetris_onnx.report import LayerReport
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Problem:
 
         Raises `PlanError` for a plan of another model, `BudgetError` where the allocation's budget is out of reach.
         """
-        candidates = survey(self.graph, config, self.machine)
+        candidates = survey(self.graph, config, self.machine, plan)
         predictions: dict[str, tuple[float, float]] = {}
         weights: dict[str, NewWeights] = {}
         if plan is not None:
@@ -128,7 +129,7 @@ class Problem:
             )
         chosen = spread(candidates, self.sensitivities, config)
         if config.target == "cpu":
-            chosen = [c if c.why_dense else dense_where_slower(c, c.density) for c in chosen]
+            chosen = choose(self.graph, chosen)
         predicted = predicted_loss(chosen, self.sensitivities)
         return chosen, {s.layer: (s.half, predicted[s.layer]) for s in self.sensitivities}
 

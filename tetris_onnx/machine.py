@@ -14,8 +14,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tetris_onnx.cost import BUILT_IN, DENSE_WORK, SPARSE_WORK, Machine
-from tetris_onnx.processor import cpu_name, instruction_set
+from tetris_onnx.config import PRECISIONS
+from tetris_onnx.cost import BUILT_IN, DENSE_WORK, PRECISION_SHARES, SPARSE_WORK, Machine
+from tetris_onnx.processor import cpu_name, instruction_set, precisions
 
 # Ends the name of coefficients that were.
 MEASURED = ", measured on this machine"
@@ -27,13 +28,14 @@ def load_machine() -> Machine:
     """The coefficients to predict times with: those measured on this machine where there are any, else built in."""
     try:
         return _parse(_read()[machine_key()])
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return built_in()
 
 
 def built_in() -> Machine:
     """The coefficients that come with the package for this machine's instruction set."""
-    return BUILT_IN.get(instruction_set(), BUILT_IN["avx2"])
+    machine = BUILT_IN.get(instruction_set(), BUILT_IN["avx2"])
+    return replace(machine, precisions={name: PRECISION_SHARES[name] for name in precisions()})
 
 
 def measured(machine: Machine) -> bool:
@@ -68,7 +70,7 @@ def cache_path() -> Path:
 def machine_key() -> str:
     """What the coefficients belong to."""
     versions = (f"{name} {_version(name)}" for name in ("onnxruntime", "onnxruntime-gpu", "tetris-onnx"))
-    return "; ".join((cpu_name(), instruction_set(), *versions))
+    return "; ".join((cpu_name(), instruction_set(), *precisions(), *versions))
 
 
 def _version(package: str) -> str:
@@ -90,14 +92,28 @@ def _read() -> dict[str, Any]:
 
 
 def _parse(values: Any) -> Machine:
-    """A machine from what `save_machine` wrote. Raises KeyError, TypeError or ValueError for anything else."""
+    """A machine from what `save_machine` wrote. Raises KeyError, TypeError, ... for anything else."""
     lanes = values["lanes"]
     if not isinstance(lanes, int) or not 1 <= lanes <= 1024:
         raise ValueError("lanes")
     dense, sparse = ({name: _number(values[which][name]) for name in names} for which, names in _WORK)
+    fork, serial, reorder = (_pair(values[name]) for name in ("fork", "serial", "reorder"))
+    shares = {str(name): _number(share) for name, share in values["precisions"].items() if name in PRECISIONS}
     return Machine(
-        str(values["name"]), lanes, dense, sparse, _number(values["fork"]), min(1.0, _number(values["serial"]))
+        name=str(values["name"]),
+        lanes=lanes,
+        dense=dense,
+        sparse=sparse,
+        fork=fork,
+        serial=(min(1.0, serial[0]), min(1.0, serial[1])),
+        reorder=reorder,
+        precisions=shares,
     )
+
+
+def _pair(values: Any) -> tuple[float, float]:
+    first, second = values
+    return _number(first), _number(second)
 
 
 def _number(value: Any) -> float:

@@ -24,6 +24,7 @@ from tetris_onnx.cost import (
     SPARSE_WORK,
     LayerShape,
     Machine,
+    algorithms,
     dense_work,
     fit,
     predict,
@@ -35,7 +36,8 @@ from tetris_onnx.machine import built_in
 from tetris_onnx.profiling import LayerTiming, profile
 
 _BLOCK = 32
-_DENSITIES = (0.15, 0.6)
+_DENSITIES = (0.15, 0.5, 1.0)
+_FITS = 3  # each time the algorithm of a layer is the one that is fastest by the fit before
 
 
 @dataclass(frozen=True)
@@ -65,16 +67,11 @@ def measure_machine(progress: Callable[[int, int], None] | None = None) -> Measu
         dense_seconds,
         [start.dense[name] for name in DENSE_WORK],
     )
-    sparse = fit(
-        np.array([sparse_work(shape, density, _block(shape), start.lanes) for shape, density, *_ in points]),
-        sparse_seconds,
-        [start.sparse[name] for name in SPARSE_WORK],
-    )
-    machine = replace(
-        start,
-        dense=dict(zip(DENSE_WORK, dense.tolist(), strict=True)),
-        sparse=dict(zip(SPARSE_WORK, sparse.tolist(), strict=True)),
-    )
+    machine = replace(start, dense=dict(zip(DENSE_WORK, dense.tolist(), strict=True)))
+    for _ in range(_FITS):
+        work = np.array([_least_work(shape, density, machine) for shape, density, *_ in points])
+        sparse = fit(work, sparse_seconds, [start.sparse[name] for name in SPARSE_WORK])
+        machine = replace(machine, sparse=dict(zip(SPARSE_WORK, sparse.tolist(), strict=True)))
     threads = os.cpu_count() or 1
     if threads > 1:
         if progress is not None:
@@ -90,18 +87,26 @@ def measure_machine(progress: Callable[[int, int], None] | None = None) -> Measu
 
 def _with_threads(machine: Machine, points: Sequence[tuple[LayerShape, float, float, float]], threads: int) -> Machine:
     """The machine with what several threads cost and save: t = call + fork + work (serial + (1 - serial) / threads)."""
-    rows, left = [], []
-    for shape, density, dense, sparse in points:
-        one = predict_dense(shape, machine), float(predict(shape, density, _block(shape), machine))
-        calls = machine.dense["call"], machine.sparse["call"]
-        for before, call, seconds in zip(one, calls, (dense, sparse), strict=True):
-            work = before - 1e-9 * call
-            rows.append([1e-9 / seconds, work * (1 - 1 / threads) / seconds])
-            left.append(1 - (1e-9 * call + work / threads) / seconds)
     from scipy.optimize import nnls
 
-    (fork, serial), _ = nnls(np.array(rows), np.array(left))
-    return replace(machine, fork=float(fork), serial=min(1.0, float(serial)))
+    found = []
+    for side, call in enumerate((machine.dense["call"], machine.sparse["call"])):
+        rows, left = [], []
+        for shape, density, *times in points:
+            one = predict_dense(shape, machine), float(predict(shape, density, _block(shape), machine))
+            work, seconds = one[side] - 1e-9 * call, times[side]
+            rows.append([1e-9 / seconds, work * (1 - 1 / threads) / seconds])
+            left.append(1 - (1e-9 * call + work / threads) / seconds)
+        (fork, serial), _ = nnls(np.array(rows), np.array(left))
+        found.append((float(fork), min(1.0, float(serial))))
+    return replace(machine, fork=(found[0][0], found[1][0]), serial=(found[0][1], found[1][1]))
+
+
+def _least_work(shape: LayerShape, density: float, machine: Machine) -> NDArray[np.float64]:
+    """The work of a block-sparse layer by the algorithm that takes the least time."""
+    coefficients = np.array([machine.sparse[name] for name in SPARSE_WORK])
+    works = [sparse_work(shape, density, _block(shape), machine.lanes, a) for a in algorithms(shape)]
+    return min(works, key=lambda work: float(work @ coefficients))
 
 
 def _warm() -> list[LayerShape]:

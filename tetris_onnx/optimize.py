@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,7 +22,7 @@ from tetris_onnx.decision import Decision, Problem, split
 from tetris_onnx.graph import io
 from tetris_onnx.graph.channels import gather_permutation
 from tetris_onnx.graph.io import ModelError
-from tetris_onnx.graph.layers import CONV_ADD, CONV_MAX_POOL, DOMAIN
+from tetris_onnx.graph.layers import CONV_ADD, CONV_MAX_POOL
 from tetris_onnx.graph.outputs import before_squashing
 from tetris_onnx.graph.quantized import is_quantized, without_rounding
 from tetris_onnx.graph.tensors import TensorFile, inlined
@@ -44,7 +44,6 @@ from tetris_onnx.passes import (
     group_channels,
     join_quantized,
     lower_block_sparse,
-    lower_first_layer,
     normalize_layers,
     open_layers,
     prune_blocks,
@@ -70,7 +69,6 @@ _REAL_SAMPLES = 16
 _RANGE_SAMPLES = 64
 # How often layers that measured slower than dense are made dense; each time the others are measured again.
 _MOST_CHANGES = 3
-_KEPT_WHOLE = "{}; kept whole, BlockSparseConv runs it, which saves a change of layout"
 # Errors of a float16 weight's rounding are random and shrink in the sums: half of one, in a network of three layers.
 _WEIGHT_ROUNDINGS = 8
 
@@ -184,7 +182,8 @@ def optimize(
 
     def build(plan: Plan, weights: Mapping[str, NewWeights], folder: Path | None) -> _Verified:
         with clock.stage("rewrite"):
-            steps = pipeline(plan, config.gathers, weights, config.target)
+            whole = frozenset(row.layer for row in rows if row.status == "whole")
+            steps = pipeline(plan, config.gathers, weights, config.target, whole)
             sparse = run_passes(graph, steps, folder, source)
             result = io.to_proto(sparse, source, weight_file)
         with clock.stage("verify"):
@@ -208,9 +207,13 @@ def optimize(
     trial = None
     for changes in range(_MOST_CHANGES + 1) if measure else ():
         with clock.stage("measure"):
-            trial = try_out(source, built.model, [row.layer for row in rows], some)
-        slower = {row.layer for row in rows if row.layer in trial.slower and not config.for_layer(row.node).explicit}
-        slower &= {p.layer for p in plan}
+            trial = try_out(source, built.model, [row.layer for row in rows], some, config.threads)
+        # (a layer that a rule of the config names is pruned as the user asks, whatever its time)
+        slower = {
+            row.layer
+            for row in rows
+            if row.layer in trial.slower and (row.status == "whole" or not config.for_layer(row.node).explicit)
+        }
         slower = slower if changes < _MOST_CHANGES else set()
         rows = [_with_measured(row, trial, row.layer in slower) for row in rows]
         if not slower:
@@ -221,8 +224,6 @@ def optimize(
     final = io.to_graph(built.model)
     gathers = sum(gather_permutation(node) is not None and node.name not in before for node in final.nodes)
     ops = [node.op for node in final.nodes]
-    ours = {node.name for node in final.nodes if node.domain == DOMAIN}
-    rows = [replace(r, reason=_KEPT_WHOLE.format(r.reason)) if _is_kept_whole(r, ours) else r for r in rows]
     report = Report(
         model=str(model) if isinstance(model, (str, Path)) else original.graph.name,
         output="",
@@ -237,6 +238,7 @@ def optimize(
         seconds=clock.seconds,
         importance=config.importance if config.importance != "auto" else "l1" if calibration is None else "hessian",
         machine=machine.name,
+        threads=config.threads,
         notes=(
             *decision.notes,
             *([built.note] if built.note else []),
@@ -246,11 +248,6 @@ def optimize(
     if trial is not None:
         report = _with_times(report, trial)
     return Result(inlined(built.model), plan, report, weight_maps(prepared, plan, weights) if weight_pictures else {})
-
-
-def _is_kept_whole(row: LayerReport, ours: set[str]) -> bool:
-    """Whether one of ``ours`` (names of nodes) runs the convolution of a row that is not pruned."""
-    return row.status == "dense" and row.op_type == "Conv" and row.node in ours
 
 
 def _fitted_machine(clock: _Clock) -> Machine:
@@ -281,7 +278,7 @@ def _with_measured(row: LayerReport, trial: Trial, slower: bool) -> LayerReport:
         baseline=None,
         kept_parameters=row.parameters,
         status="dense",
-        reason=f"measured {sparse:.2g} ms block-sparse against {dense:.2g} ms dense",
+        reason=f"measured {sparse:.2g} ms by our operator against {dense:.2g} ms dense",
         output_error=None,
         predicted_loss=None,
         predicted_ms=row.predicted_ms and (row.predicted_ms[0], row.predicted_ms[0]),
@@ -316,12 +313,17 @@ def _points_lost(
 
 
 def pipeline(
-    plan: Plan, gathers: str = "absorb", weights: Mapping[str, NewWeights] | None = None, target: str = "cpu"
+    plan: Plan,
+    gathers: str = "absorb",
+    weights: Mapping[str, NewWeights] | None = None,
+    target: str = "cpu",
+    whole: Collection[str] = (),
 ) -> list[Pass]:
     """The passes that turn a dense graph into a block-sparse one, in order. ``weights``: those of refitted layers.
 
-    ``target``: the provider that the result is for. Only the CPU's has the operator with a fused MaxPool; CUDA's keeps
-    values channels-last.
+    ``whole``: layers that are not pruned but run by our operators, by the names of their outputs. ``target``: the
+    provider that the result is for. Only the CPU's has the operator with a fused MaxPool; CUDA's keeps values
+    channels-last.
 
     Pruning comes before reordering (the same blocks, in the layer's own order), so that every later pass has to leave
     the result as it is; Gathers are absorbed after lowering, when the operators are there to take them.
@@ -337,14 +339,12 @@ def pipeline(
         ("prune_blocks", partial(prune_blocks, plan=plan)),
         ("reorder_weights", partial(reorder_weights, plan=plan)),
         ("fold_gathers", fold_gathers),
-        ("lower_block_sparse", partial(lower_block_sparse, plan=plan)),
+        ("lower_block_sparse", partial(lower_block_sparse, plan=plan, whole=whole)),
     ]
     if gathers == "absorb":
         steps.append(("absorb_gathers", absorb_gathers))
         if target == "cuda":
             steps.append(("group_channels", group_channels))
-    if target == "cpu":
-        steps.append(("lower_first_layer", lower_first_layer))
     steps += [("join_quantized", join_quantized), ("fuse_epilogue", fuse_epilogue)]
     steps.append(("fuse_add_and_pool", partial(fuse_add_and_pool, pools=target == "cpu")))
     if target == "cuda":
@@ -525,7 +525,9 @@ def _notes(config: Config, plan: Plan, rows: list, rounding_error: tuple[float, 
     if rounding_error is not None and rounding_error[0] == 0:
         notes.append(f"this processor has no kernels of {config.precision}: here the result computes in float32")
     if not len(plan):
-        notes.append("no layer was pruned: the result computes what the original does")
+        whole = sum(row.status == "whole" for row in rows)
+        faster = f"; {whole} layers run whole in our operators" if whole else ""
+        notes.append(f"no layer was pruned: the result computes what the original does{faster}")
     return tuple(notes)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from joblib import Parallel, cpu_count, delayed
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from tetris_onnx import cuda_cost
 from tetris_onnx.algorithms.blocks import block_grid, block_sums, fit_block_size, keep_count
@@ -29,15 +29,15 @@ from tetris_onnx.graph import io
 from tetris_onnx.graph.layers import Layer, conv_window, find_layers, nested_layers
 from tetris_onnx.graph.shapes import EXAMPLE_SIZES, example_shapes
 from tetris_onnx.machine import load_machine
+from tetris_onnx.operators import WORTH_IT, choose, gain_of_whole, slower_reason
 from tetris_onnx.passes import Pass, fuse_batchnorm, normalize_layers, open_layers, run_passes
+from tetris_onnx.passes.lower_block_sparse import whole_block
 from tetris_onnx.plan import LayerPlan, Plan, PlanError
 from tetris_onnx.report import LayerReport
 
 # Called with (stage, steps done, all steps) while something takes its time.
 Progress: TypeAlias = Callable[[str, int, int], None]
 
-# A layer becomes block-sparse where it is predicted to take at most this share of its dense time.
-_WORTH_IT = 0.95
 OPEN_SIZES = f"times are predicted for a size of {EXAMPLE_SIZES[0]} where the model leaves it open"
 # Below this many weights in all, starting worker processes costs more than they save.
 _WORTH_PROCESSES = 2**21
@@ -55,6 +55,10 @@ class Candidate:
     why_dense: str
     shape: LayerShape | None  # what the layer's time depends on; None where that is not known
     machine: Machine  # that the times are predicted for
+    threads: int = 1  # of a session
+    precision: str = "float32"  # of a layer that is pruned
+    required: bool = False  # pruned whatever its time: the config or a plan names it
+    whole: bool = False  # not pruned, but run by our operator
 
     @property
     def density(self) -> float:
@@ -62,12 +66,49 @@ class Candidate:
         grid = block_grid(self.layer.weight_shape[:2], self.block_size)
         return keep_count(grid[0] * grid[1], self.options.sparsity) / (grid[0] * grid[1])
 
+    @property
+    def can_be_whole(self) -> bool:
+        """Whether our operator may run it unpruned: a convolution over images that the config does not skip.
+
+        Grouped and quantized ones keep their own form, which is faster.
+        """
+        layer = self.layer
+        if self.shape is None or len(self.shape.kernel) != 2 or self.shape.groups > 1 or self.options.skip:
+            return False
+        quantized = any(node.op == "DequantizeLinear" for node in layer.data.inputs)
+        return not quantized and bool(layer.weight.dtype == np.float32) and self.finite
+
+    @cached_property
+    def finite(self) -> bool:
+        """Whether its weight holds numbers only."""
+        return bool(np.isfinite(self.layer.weight).all())
+
     def predict(self, density: float, block_size: tuple[int, int] | None = None) -> tuple[float, float] | None:
-        """Milliseconds of one run (dense, block-sparse) on one thread, or None where they cannot be predicted."""
+        """Milliseconds of one run (dense, by our operator), or None where they cannot be predicted."""
+        found = self.seconds(density, block_size)
+        return None if found is None else (1e3 * found[0], 1e3 * float(found[1]))
+
+    def seconds(
+        self, density: ArrayLike, block_size: tuple[int, int] | None = None
+    ) -> tuple[float, NDArray[np.float64]] | None:
+        """Seconds of one run: dense, and block-sparse for each density."""
         if self.shape is None:
             return None
-        sparse = float(predict(self.shape, density, block_size or self.block_size, self.machine))
-        return 1e3 * predict_dense(self.shape, self.machine), 1e3 * sparse
+        block, precision = block_size or self.block_size, self.precision
+        if self.why_dense:  # kept whole: in float32, as it was
+            block, precision = whole_block(self.layer), "float32"
+        sparse = predict(self.shape, density, block, self.machine, self.threads, precision)
+        return predict_dense(self.shape, self.machine, self.threads), sparse
+
+    @property
+    def unpruned_seconds(self) -> float | None:
+        """Seconds of one run with all blocks, by the operator that is faster; None where they cannot be predicted."""
+        if self.shape is None:
+            return None
+        dense = predict_dense(self.shape, self.machine, self.threads)
+        if not self.can_be_whole:
+            return dense
+        return min(dense, float(predict(self.shape, 1.0, whole_block(self.layer), self.machine, self.threads)))
 
 
 def inspect(
@@ -96,10 +137,14 @@ def prepare(graph: gs.Graph, quantized: bool = False) -> gs.Graph:
     return run_passes(graph, steps)
 
 
-def survey(graph: gs.Graph, config: Config, machine: Machine | None = None) -> list[Candidate]:
-    """Every layer of a prepared graph, with what the options make of it; those in subgraphs come last.
+def survey(
+    graph: gs.Graph, config: Config, machine: Machine | None = None, plan: Plan | None = None
+) -> list[Candidate]:
+    """Every layer of a prepared graph, with what the options make of it, or a ``plan``; those in subgraphs come last.
 
-    Times are predicted for ``machine``: this one, if none is given.
+    Times are predicted for ``machine``: this one, if none is given. Where an allocation has yet to give layers their
+    sparsities, those that cannot win with any are dense; which operator runs the others is for `operators.choose`.
+    Raises `PlanError` for a plan of another model.
     """
     layers = find_layers(graph) + nested_layers(graph)
     weighted = {
@@ -111,16 +156,19 @@ def survey(graph: gs.Graph, config: Config, machine: Machine | None = None) -> l
     to_output = _reachable(graph, graph.outputs, weighted, downwards=False)
     machine = machine or load_machine()
     shapes = layer_shapes(graph, layers)
-    candidates = (
+    candidates = [
         _judge(layer, config, id(layer.node) in from_input, id(layer.node) in to_output, shape, machine)
         for layer, shape in zip(layers, shapes, strict=True)
-    )
+    ]
+    if plan is not None:
+        _check_plan(layers, plan)
+        candidates = [_as_planned(candidate, plan.get(candidate.layer.name)) for candidate in candidates]
     if config.target == "cuda":
         return [_on_cuda(candidate) for candidate in candidates]
-    # An allocation has yet to give its layers their sparsities: what counts is the least that they could keep.
-    free = config.allocation != "uniform"
+    if config.allocation == "uniform" or plan is not None:
+        return choose(graph, candidates)
     return [
-        c if c.why_dense else dense_where_slower(c, 0.0 if free and not c.options.own_sparsity else c.density)
+        c if c.why_dense else _dense_where_slower(c, 0.0 if not c.options.own_sparsity else c.density)
         for c in candidates
     ]
 
@@ -167,32 +215,44 @@ def match_plan(candidates: Sequence[Candidate], plan: Plan, config: Config) -> l
 
     Raises `PlanError` where it names a layer that is not there, cannot be pruned or has another shape.
     """
-    by_name = {c.layer.name: c for c in candidates}
-    for wanted in plan:
-        candidate = by_name.get(wanted.layer)
-        if candidate is None:
-            raise PlanError(f"the plan is for another model: this one has no layer {wanted.layer!r}")
-        if candidate.layer.why_dense:
-            raise PlanError(f"the plan prunes layer {wanted.layer!r}, but {candidate.layer.why_dense}")
-        if candidate.layer.weight_shape[:2] != wanted.shape:
-            raise PlanError(
-                f"the plan's layer {wanted.layer!r} has {wanted.shape[0]} x {wanted.shape[1]} channels, "
-                f"the model's {candidate.layer.weight_shape[0]} x {candidate.layer.weight_shape[1]}"
-            )
+    _check_plan([c.layer for c in candidates], plan)
     rows = []
     for candidate in candidates:
         decision = plan.get(candidate.layer.name)
         if decision is None:
-            reason = candidate.layer.why_dense or "it is not in the plan"
-            rows.append(describe(replace(candidate, why_dense=reason), None, None))
+            rows.append(describe(_as_planned(candidate, None), None, None))
             continue
         scores = magnitude(candidate.layer, config)
         sums = block_sums(scores[decision.out_perm][:, decision.in_perm], decision.block_size)
         plain = np.sort(block_sums(scores, decision.block_size), axis=None)[::-1]
         total = float(sums.sum()) or 1.0
         shares = float(sums[decision.keep].sum()) / total, float(plain[: decision.keep.sum()].sum()) / total
-        rows.append(describe(replace(candidate, why_dense=""), decision, shares))
+        rows.append(describe(candidate, decision, shares))
     return rows
+
+
+def _check_plan(layers: Sequence[Layer], plan: Plan) -> None:
+    """Raise `PlanError` where a plan does not fit the layers of a model."""
+    by_name = {layer.name: layer for layer in layers}
+    for wanted in plan:
+        layer = by_name.get(wanted.layer)
+        if layer is None:
+            raise PlanError(f"the plan is for another model: this one has no layer {wanted.layer!r}")
+        if layer.why_dense:
+            raise PlanError(f"the plan prunes layer {wanted.layer!r}, but {layer.why_dense}")
+        if layer.weight_shape[:2] != wanted.shape:
+            raise PlanError(
+                f"the plan's layer {wanted.layer!r} has {wanted.shape[0]} x {wanted.shape[1]} channels, "
+                f"the model's {layer.weight_shape[0]} x {layer.weight_shape[1]}"
+            )
+
+
+def _as_planned(candidate: Candidate, decision: LayerPlan | None) -> Candidate:
+    """The candidate pruned as a plan says, or not where it says nothing."""
+    if decision is None:
+        return replace(candidate, why_dense=candidate.layer.why_dense or "it is not in the plan")
+    options = replace(candidate.options, sparsity=1 - decision.density)
+    return replace(candidate, options=options, block_size=decision.block_size, why_dense="", required=True)
 
 
 def _judge(
@@ -230,25 +290,22 @@ def _judge(
                 reason = f"it is the last layer and has only {shape[1]} x {shape[0]} channels"
         if not reason and not np.isfinite(layer.weight).all():
             reason = "its weight holds NaN or infinite values"
-    return Candidate(layer, options, block, first, last, reason, work, machine)
+    load = config.threads, config.precision
+    return Candidate(layer, options, block, first, last, reason, work, machine, *load, required=options.explicit)
 
 
-def dense_where_slower(candidate: Candidate, density: float) -> Candidate:
-    """The candidate, to stay dense where its block-sparse form of this ``density`` is not predicted to be faster.
-
-    A layer that a rule of the config names is left alone: the user asks for it.
-    """
-    predicted = None if candidate.why_dense or candidate.options.explicit else candidate.predict(density)
-    if predicted is None or predicted[1] <= _WORTH_IT * predicted[0]:
+def _dense_where_slower(candidate: Candidate, density: float) -> Candidate:
+    """The candidate, to stay dense where its block-sparse form of this ``density`` is not predicted to be faster."""
+    predicted = None if candidate.required else candidate.predict(density)
+    if predicted is None or predicted[1] <= WORTH_IT * predicted[0]:
         return candidate
-    dense, sparse = predicted
-    return replace(candidate, why_dense=f"predicted {sparse:.2g} ms block-sparse against {dense:.2g} ms dense")
+    return replace(candidate, why_dense=slower_reason(predicted))
 
 
 def _on_cuda(candidate: Candidate) -> Candidate:
     """The candidate for CUDA: dense where it cannot gain there, and without times, which are a processor's."""
     reason = candidate.why_dense
-    if not reason and not candidate.options.explicit:
+    if not reason and not candidate.required:
         item_size, batch = _on_gpu(candidate.layer)
         reason = cuda_cost.why_dense(candidate.shape, candidate.density, candidate.block_size, item_size, batch)
     return replace(candidate, why_dense=reason, shape=None)
@@ -361,13 +418,14 @@ def describe(candidate: Candidate, plan: LayerPlan | None, shares: tuple[float, 
     parameters = int(np.prod(shape, dtype=np.int64)) if known else 0
     density = 1.0 if plan is None else plan.density
     prunable = plan is None and not candidate.why_dense
-    if prunable:
-        predicted = candidate.predict(candidate.density)
-    elif plan is not None:
-        predicted = candidate.predict(density, plan.block_size)
-    else:
-        predicted = candidate.predict(1.0)
-        predicted = predicted and (predicted[0], predicted[0])
+    predicted = candidate.predict(candidate.density if prunable else density, None if plan is None else plan.block_size)
+    reason, status = candidate.why_dense, "prunable" if prunable else "block-sparse"
+    if plan is None and not prunable:
+        status = "whole" if candidate.whole else "dense"
+        if candidate.whole and predicted is not None:
+            reason = f"{reason}; {gain_of_whole(candidate.shape, predicted)}"
+        elif predicted is not None:
+            predicted = predicted[0], predicted[0]
     return LayerReport(
         layer=layer.name,
         node=str(layer.node.name or layer.name),
@@ -380,8 +438,8 @@ def describe(candidate: Candidate, plan: LayerPlan | None, shares: tuple[float, 
         parameters=parameters,
         kept_parameters=round(parameters * min(density * groups, 1.0)),
         macs=layer.multiplications // groups if known and layer.multiplications is not None else None,
-        status="prunable" if prunable else "dense" if plan is None else "block-sparse",
-        reason=candidate.why_dense,
+        status=status,
+        reason=reason,
         predicted_ms=predicted,
     )
 

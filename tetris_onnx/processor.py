@@ -10,6 +10,11 @@ from pathlib import Path
 
 ISA_VARIABLE = "TETRIS_ONNX_ISA"
 _AVX512 = {"avx512f", "avx512dq", "avx512bw", "avx512vl"}
+# The flags that the kernels of a precision need on top, and the levels of ISA_VARIABLE that allow them.
+_PRECISIONS = {
+    "int8": ({"avx512_vnni"}, ("avx512_vnni", "avx512_bf16")),
+    "bf16": ({"avx512_vnni", "avx512_bf16"}, ("avx512_bf16",)),
+}
 
 
 def cpu_name() -> str:
@@ -39,11 +44,21 @@ def cpu_flags() -> set[str]:
     return {"avx" if flag == "avx1.0" else flag for line in listed for flag in line.lower().split()}
 
 
+def precisions() -> tuple[str, ...]:
+    """The precisions besides float32 that there are kernels for here."""
+    forced, flags = os.environ.get(ISA_VARIABLE), cpu_flags()
+    return tuple(
+        name
+        for name, (needed, levels) in _PRECISIONS.items()
+        if flags >= _AVX512 | needed and (not forced or forced in levels)
+    )
+
+
 def instruction_set() -> str:
     """Which kernels run: "avx512", "avx2", "neon" or "scalar", as custom_ops/cpu/dispatch.cc chooses."""
     forced = os.environ.get(ISA_VARIABLE)
     if forced:
-        return forced
+        return "avx512" if forced.startswith("avx512") else forced
     if platform.machine().lower() in ("arm64", "aarch64"):
         return "neon"
     flags = cpu_flags()

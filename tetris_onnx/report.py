@@ -51,13 +51,13 @@ class LayerReport:
     parameters: int  # weights
     kept_parameters: int
     macs: int | None  # multiplications per sample of the dense layer; None = shape unknown
-    status: str  # "block-sparse", "dense" or, from an inspection, "prunable"
+    status: str  # "block-sparse", "whole" (not pruned, run by our operator), "dense"; from an inspection "prunable"
     reason: str  # why it stays dense; "" otherwise
     output_error: float | None = None  # squared error of its output over the variance, on the calibration samples
     # Predicted loss of the network's outputs if only this layer is pruned: to half of its blocks; as it is here.
     sensitivity: float | None = None
     predicted_loss: float | None = None
-    # Milliseconds of a run on one thread (dense, as it is now); a layer that stays dense has the same twice.
+    # Milliseconds of a run (dense, as it is now); a layer that stays dense has the same twice.
     predicted_ms: tuple[float, float] | None = None  # None = shape unknown
     measured_ms: tuple[float, float] | None = None
 
@@ -81,6 +81,7 @@ class Report:
     seconds: dict[str, float]  # by stage
     importance: str
     machine: str = ""  # whose times are predicted
+    threads: int = 1  # that times are predicted and measured for
     notes: tuple[str, ...] = ()
     fused: tuple[int, int] = (0, 0)  # residual Adds and MaxPools that went into the convolutions before them
     precision: str = "float32"  # of the block-sparse layers' products
@@ -88,7 +89,7 @@ class Report:
     labeled: int | None = None  # samples behind accuracy
     accuracy: tuple[float, float] | None = None  # (before, after), top-1
     agreement: float | None = None  # share of samples with the same top-1 before and after
-    milliseconds: tuple[float, float] | None = None  # (before, after), median of one run: batch 1, one thread
+    milliseconds: tuple[float, float] | None = None  # (before, after), median of one run: batch 1
     speedup: tuple[float, float, float] | None = None  # (before / after, low and high end of its 95 % interval)
 
     @property
@@ -137,10 +138,10 @@ def total_ms(layers: Sequence[LayerReport]) -> tuple[float, float] | None:
 
 def summary(report: Report) -> list[tuple[str, str]]:
     """The totals as (label, text), in reading order."""
-    pruned = sum(layer.status == "block-sparse" for layer in report.layers)
+    pruned, whole = (sum(layer.status == s for layer in report.layers) for s in ("block-sparse", "whole"))
     before, after = report.parameters
     lines = [
-        ("layers", f"{pruned} of {len(report.layers)} block-sparse"),
+        ("layers", f"{pruned} of {len(report.layers)} block-sparse" + (f", {whole} kept whole" if whole else "")),
         ("weights", f"{count(before)} -> {count(after)} ({percent(after / max(before, 1))} kept)"),
     ]
     macs = report.macs
@@ -151,7 +152,7 @@ def summary(report: Report) -> list[tuple[str, str]]:
     predicted = total_ms(report.layers)
     if predicted and predicted[1] < predicted[0]:
         text = f"{_ms(predicted)} ms in these layers: {predicted[0] / predicted[1]:.2f}x"
-        lines.append(("predicted", f"{text} ({report.machine}, one thread)"))
+        lines.append(("predicted", f"{text} ({report.machine}, {threads_text(report.threads)})"))
     ratio = report.bytes_after / max(report.bytes_before, 1)
     lines += [
         ("file", f"{file_size(report.bytes_before)} -> {file_size(report.bytes_after)} ({percent(ratio)})"),
@@ -173,10 +174,15 @@ def summary(report: Report) -> list[tuple[str, str]]:
         old, new = report.milliseconds
         ratio, low, high = report.speedup
         text = f"{old:.3g} ms -> {new:.3g} ms: {ratio:.2f}x faster (95 % interval {low:.2f} to {high:.2f})"
-        lines.append(("time", f"{text}, batch 1, one thread"))
+        lines.append(("time", f"{text}, batch 1, {threads_text(report.threads)}"))
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
     lines.append(("took", f"{sum(report.seconds.values()):.1f} s" + (f" ({stages})" if stages else "")))
     return lines
+
+
+def threads_text(threads: int) -> str:
+    """``1`` -> ``"one thread"``."""
+    return "one thread" if threads == 1 else f"{threads} threads"
 
 
 def layer_table(layers: Sequence[LayerReport]) -> Table:

@@ -128,8 +128,8 @@ def _charts(layers: Sequence[LayerReport]) -> list[_Chart]:
         ),
     ]
     for title, note, times in (
-        ("Measured time", "ms of a run on one thread: dense, and as it is now", [row.measured_ms for row in layers]),
-        ("Predicted time", "ms of a run on one thread: dense, and as it is now", [row.predicted_ms for row in layers]),
+        ("Measured time", "ms of a run: dense, and as it is now", [row.measured_ms for row in layers]),
+        ("Predicted time", "ms of a run: dense, and as it is now", [row.predicted_ms for row in layers]),
     ):
         of = dict(zip((id(row) for row in layers), times, strict=True))
         charts.append(_chart(title, note, layers, lambda row, of=of: of[id(row)], "{:.3g} ms".format))  # type: ignore[misc]

@@ -21,30 +21,32 @@ _OURS = "BlockSparse"
 
 @dataclass(frozen=True)
 class Trial:
-    """What was measured, on one thread."""
+    """What was measured."""
 
     network: BenchResult
     layers: dict[str, tuple[float, float]]  # milliseconds (dense, as it is now) by the name of the layer's output
     slower: frozenset[str]  # block-sparse layers that are slower than dense
 
 
-def try_out(dense: onnx.ModelProto, model: onnx.ModelProto, layers: Sequence[str], samples: Samples | None) -> Trial:
+def try_out(
+    dense: onnx.ModelProto, model: onnx.ModelProto, layers: Sequence[str], samples: Samples | None, threads: int = 1
+) -> Trial:
     """Time ``model`` against ``dense``, and its ``layers`` (names of outputs in ``dense``), on a batch of ``samples``.
 
     Inputs are random without samples. Raises `BenchError`, `CalibrationError` or `SessionError`.
     """
-    first = _bench(dense, model, samples)
+    first = _bench(dense, model, samples, threads)
     times, slower = _of_layers(dense, first, layers)
     if slower:
-        again, still = _of_layers(dense, _bench(dense, model, samples), layers)
+        again, still = _of_layers(dense, _bench(dense, model, samples, threads), layers)
         slower &= still
         times |= {name: again[name] for name in slower}
     return Trial(first, times, frozenset(slower))
 
 
-def _bench(dense: onnx.ModelProto, model: onnx.ModelProto, samples: Samples | None) -> BenchResult:
+def _bench(dense: onnx.ModelProto, model: onnx.ModelProto, samples: Samples | None, threads: int) -> BenchResult:
     batch = fixed_batch(model_inputs(dense)) or 1
-    return bench(dense, model, threads=1, batch=batch, seconds=_SECONDS, per_layer=True, data=samples)
+    return bench(dense, model, threads=threads, batch=batch, seconds=_SECONDS, per_layer=True, data=samples)
 
 
 def _of_layers(

@@ -300,9 +300,11 @@ def test_any_model(gathers: str, data: st.DataObject) -> None:
     onnx.checker.check_model(model, full_check=True)
     plan = plan_of(model, data)
     before = model.SerializeToString()
-    result = rewrite(model, plan, gathers)
+    others = [layer.layer for layer in random_plan(model) if plan.get(layer.layer) is None]
+    whole = data.draw(st.sets(st.sampled_from(others)), "whole") if others else set()
+    result = rewrite(model, plan, gathers, whole=sorted(whole))
     assert model.SerializeToString() == before
-    assert len(block_sparse_nodes(result)) == len(plan)
+    assert len(block_sparse_nodes(result)) == len(plan) + len(whole)
     onnx.checker.check_model(result, full_check=True)
     feed = random_feed(model)
     expected = run(masked_dense(model, plan), feed)

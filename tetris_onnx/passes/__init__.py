@@ -10,7 +10,6 @@ from tetris_onnx.passes.fuse_epilogue import fuse_epilogue
 from tetris_onnx.passes.group_channels import group_channels
 from tetris_onnx.passes.join_quantized import join_quantized
 from tetris_onnx.passes.lower_block_sparse import lower_block_sparse
-from tetris_onnx.passes.lower_first_layer import lower_first_layer
 from tetris_onnx.passes.normalize_layers import normalize_layers
 from tetris_onnx.passes.open_layers import open_layers
 from tetris_onnx.passes.pipeline import Pass, PassError, run_passes
@@ -33,7 +32,6 @@ __all__ = [
     "group_channels",
     "join_quantized",
     "lower_block_sparse",
-    "lower_first_layer",
     "normalize_layers",
     "open_layers",
     "prune_blocks",

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import onnx_graphsurgeon as gs
 
 from tetris_onnx.graph.layers import CONV, CONV_ADD, CONV_MAX_POOL, DOMAIN
+from tetris_onnx.graph.layouts import is_pool_2x2
 from tetris_onnx.graph.sizes import Sizes, symbolic_sizes
 from tetris_onnx.passes.fuse_epilogue import clip_further, has_activation, take_over
 from tetris_onnx.passes.surgery import only_consumer
@@ -30,7 +31,7 @@ def fuse_add_and_pool(graph: gs.Graph, pools: bool = True) -> None:
         follower = _standard(only_consumer(graph, node.outputs[0]))
         if follower is None:
             continue
-        if pools and _is_pool(node, follower):
+        if pools and is_pool_2x2(follower):
             node.op = CONV_MAX_POOL
             node.attrs["pool_shape"] = [2, 2]
             take_over(graph, node, follower)
@@ -57,22 +58,3 @@ def _addend(conv: gs.Node, add: gs.Node, sizes: Mapping[int, Sizes]) -> gs.Tenso
         return None
     known = sizes.get(id(value))
     return other if known is not None and sizes.get(id(other)) == known else None  # else it may be broadcast
-
-
-def _is_pool(conv: gs.Node, pool: gs.Node) -> bool:
-    """Whether ``pool`` is a MaxPool over windows of 2x2, one beside the other."""
-    if pool.op != "MaxPool" or len(conv.attrs["weight_shape"]) != 4 or any(t.outputs for t in pool.outputs[1:]):
-        return False
-    attributes = pool.attrs
-    return (
-        list(attributes.get("kernel_shape", ())) == [2, 2]
-        and list(attributes.get("strides", ())) == [2, 2]
-        and not any(attributes.get("pads", ()))
-        and all(d == 1 for d in attributes.get("dilations", ()))
-        and attributes.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
-        and (not attributes.get("ceil_mode", 0) or _is_even(conv.outputs[0]))
-    )
-
-
-def _is_even(maps: gs.Tensor) -> bool:
-    return maps.shape is not None and all(isinstance(d, int) and d % 2 == 0 for d in maps.shape[2:])

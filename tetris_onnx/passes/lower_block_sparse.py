@@ -7,12 +7,14 @@ Gathers around them do moves in later (absorb_gathers).
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
+from tetris_onnx.algorithms.blocks import block_grid
 from tetris_onnx.algorithms.packing import pack
 from tetris_onnx.algorithms.permutation import identity
 from tetris_onnx.graph.layers import CONV, DOMAIN, GEMM, Layer, conv_window, find_layers
@@ -20,6 +22,8 @@ from tetris_onnx.plan import LayerPlan, Plan
 
 # What the slots of both operators are called.
 INPUTS = ("X", "blocks", "block_index", "input_perm", "output_perm", "bias")
+
+_WHOLE_ROWS = 32
 
 
 class ConstantPool:
@@ -35,9 +39,10 @@ class ConstantPool:
         return self._made.setdefault(key, gs.Constant(name, values))
 
 
-def lower_block_sparse(graph: gs.Graph, plan: Plan) -> None:
-    """Apply the pass."""
+def lower_block_sparse(graph: gs.Graph, plan: Plan, whole: Collection[str] = ()) -> None:
+    """Apply the pass; the layers named in ``whole`` are not pruned, and are lowered with all their blocks."""
     pool = ConstantPool()
+    plan = Plan((*plan, *(_all_blocks(layer) for layer in find_layers(graph) if layer.name in whole)))
     missing = {decision.layer for decision in plan}
     for layer in find_layers(graph):
         decision = plan.get(layer.name)
@@ -48,6 +53,24 @@ def lower_block_sparse(graph: gs.Graph, plan: Plan) -> None:
         raise ValueError(f"the graph has no layer {min(missing)!r}")
     if len(plan) and all(domain.domain != DOMAIN for domain in graph.import_domains):
         graph.import_domains.append(onnx.helper.make_opsetid(DOMAIN, 1))
+
+
+def is_whole(node: gs.Node) -> bool:
+    """Whether one of our operators has all blocks of its weight."""
+    rows, columns = block_grid(tuple(node.attrs["weight_shape"][:2]), tuple(node.attrs["block_size"]))
+    return bool(node.inputs[1].shape[0] == rows * columns)
+
+
+def whole_block(layer: Layer) -> tuple[int, int]:
+    """The block size of a layer with all its blocks: bands of rows, which are what the kernels work on."""
+    out, in_ = layer.weight_shape[:2]
+    return min(_WHOLE_ROWS, out), in_
+
+
+def _all_blocks(layer: Layer) -> LayerPlan:
+    out, in_ = layer.weight_shape[:2]
+    block = whole_block(layer)
+    return LayerPlan(layer.name, identity(out), identity(in_), block, np.ones(block_grid((out, in_), block), bool))
 
 
 def _lower(layer: Layer, plan: LayerPlan, pool: ConstantPool) -> None:

@@ -1,7 +1,7 @@
 """Let our operators compute their products in another precision; everything between them stays float32.
 
-It comes last, when the float32 result has been verified: that check is strict, while rounding hides small mistakes. A
-first convolution that is kept whole stays float32, as it would be without our operator.
+It comes last, when the float32 result has been verified: that check is strict, while rounding hides small mistakes.
+Layers that are kept whole stay float32, as they would be without our operator.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import onnx_graphsurgeon as gs
 
 from tetris_onnx.graph.layers import DOMAIN, OUR_OPS
-from tetris_onnx.passes.lower_first_layer import is_first_convolution
+from tetris_onnx.passes.lower_block_sparse import is_whole
 
 # What the option says -> what the operators' attribute says.
 PRECISION_ATTRIBUTES = {"float32": "float32", "bf16": "bfloat16", "int8": "int8"}
@@ -26,7 +26,7 @@ def set_precision(
     range that a quantized model brings stays.
     """
     for node in graph.nodes:
-        if node.domain == DOMAIN and node.op in OUR_OPS and not is_first_convolution(node):
+        if node.domain == DOMAIN and node.op in OUR_OPS and not is_whole(node):
             node.attrs["precision"] = PRECISION_ATTRIBUTES[precision]
             if input_ranges is not None and node.name in input_ranges and "input_range" not in node.attrs:
                 node.attrs["input_range"] = list(input_ranges[node.name])
