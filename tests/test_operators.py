@@ -31,12 +31,12 @@ def whole(net: Net, config: Config = WHOLE, machine: Machine = AVX512) -> list[s
 
 
 def chain(kernels: tuple[int, ...], size: int = 56, channels: int = 64, **window: Any) -> Net:
-    """Convolutions of 64 channels one behind the other, a grouped one, which stays dense, at both ends."""
+    """Convolutions of 64 channels one behind the other, a depthwise one, which stays dense, at both ends."""
     net = Net()
-    x = net.conv(net.input("x", [1, channels, size, size]), (channels, channels), group=2)
+    x = net.conv(net.input("x", [1, channels, size, size]), (channels, channels), group=64)
     for kernel in kernels:
         x = net.op("Relu", net.conv(x, (channels, channels), kernel, pads=[kernel // 2] * 4, **window))
-    net.output(net.conv(x, (channels, channels), group=2))
+    net.output(net.conv(x, (channels, channels), group=64))
     return net
 
 
@@ -117,7 +117,7 @@ def test_a_residual_add_has_one_layout() -> None:
     x = net.input("x", [1, 64, 28, 28])
     a = net.op("Relu", net.conv(x, (64, 64)))
     b = net.conv(a, (64, 64), 1)
-    net.output(net.conv(net.op("Add", net.conv(x, (64, 64), 1), b), (64, 64), group=2))
+    net.output(net.conv(net.op("Add", net.conv(x, (64, 64), 1), b), (64, 64), group=64))
     assert whole(net, machine=FREE) == ["conv1"]
     assert "conv1" in whole(net)
 
