@@ -22,6 +22,7 @@ import typer
 from tetris_onnx.cli_options import (
     Bgr,
     BlockSize,
+    Gathers,
     ImageSize,
     Importance,
     Json,
@@ -40,7 +41,6 @@ from tetris_onnx.cli_options import (
 from tetris_onnx.cli_sweep import sweep
 from tetris_onnx.config import (
     ALLOCATIONS,
-    GATHERS,
     MEASURED_IMPORTANCES,
     Config,
     load_config,
@@ -186,10 +186,7 @@ def optimize(
     measure: Annotated[
         bool, typer.Option("--measure", help="Time each layer before and after; those that lose stay dense.")
     ] = False,
-    gathers: Annotated[
-        str | None,
-        typer.Option(metavar="|".join(GATHERS), help="What becomes of the channel reorderings.", show_default="absorb"),
-    ] = None,
+    gathers: Gathers = None,
     target: Target = None,
     precision: Precision = None,
     threads: Threads = None,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from tetris_onnx.config import IMPORTANCES, PRECISIONS, REORDERS, TARGETS
+from tetris_onnx.config import GATHERS, IMPORTANCES, PRECISIONS, REORDERS, TARGETS
 from tetris_onnx.image_options import LAYOUTS
 
 Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An ONNX file.", show_default=False)]
@@ -50,4 +50,8 @@ Reorder = Annotated[
 Importance = Annotated[
     str | None,
     typer.Option(metavar="|".join(IMPORTANCES), help="What a weight is worth.", show_default="auto"),
+]
+Gathers = Annotated[
+    str | None,
+    typer.Option(metavar="|".join(GATHERS), help="What becomes of the channel reorderings.", show_default="absorb"),
 ]
