@@ -42,6 +42,7 @@ from tetris_onnx.sweep import (
     to_json,
 )
 
+QUICK = Config(reorder="none")
 GRID = grid((0.25, 0.5, 0.75), ((4, 4), (8, 8)))
 
 
@@ -129,7 +130,7 @@ def test_outcomes_survive_their_files() -> None:
 
 def test_a_sweep_finds_what_optimize_finds(model: Path, data: Data, tmp_path: Path, made_up_times: list[Path]) -> None:
     settings = grid((0.5, 0.75), ((8, 8),))
-    config = Config(sweeps=1, reorder="greedy", workers=1)
+    config = Config(sweeps=1, reorder="none", workers=1)
     result = sweep(model, settings, tmp_path / "s", config, calibration=data, data=data, jobs=1)
     assert result.searched == len(result.outcomes) == 2
     assert [o.setting for o in result.outcomes] == sorted(settings)
@@ -146,26 +147,33 @@ def test_a_sweep_finds_what_optimize_finds(model: Path, data: Data, tmp_path: Pa
 
 
 def test_without_labels_it_is_the_agreement(model: Path, tmp_path: Path, made_up_times: list[Path]) -> None:
-    result = sweep(model, GRID[:1], tmp_path, jobs=1)
+    result = sweep(model, GRID[:1], tmp_path, QUICK, jobs=1)
     assert (result.measure, result.data) == ("agreement", "random samples")
     assert result.outcomes[0].accuracy is None
 
 
 def test_calibration_labels_are_not_used(model: Path, data: Data, tmp_path: Path, made_up_times: list[Path]) -> None:
-    result = sweep(model, GRID[3:4], tmp_path, Config(sweeps=1, workers=1), calibration=data, jobs=1)
+    result = sweep(
+        model,
+        GRID[3:4],
+        tmp_path,
+        Config(sweeps=1, workers=1, reorder="none", importance="l1"),
+        calibration=data,
+        jobs=1,
+    )
     assert (result.measure, result.data) == ("agreement", "test.npz")
 
 
 def test_only_what_is_missing_is_searched_and_timed(
     model: Path, data: Data, tmp_path: Path, made_up_times: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = sweep(model, GRID[:2], tmp_path, data=data, jobs=1)
+    first = sweep(model, GRID[:2], tmp_path, QUICK, data=data, jobs=1)
     made_up_times.clear()
     searched: list[Setting] = []
     original = module._search
     monkeypatch.setattr(module, "_search", lambda w, s: (searched.append(s), original(w, s))[1])
 
-    second = sweep(model, GRID[:3], tmp_path, data=data, jobs=1)
+    second = sweep(model, GRID[:3], tmp_path, QUICK, data=data, jobs=1)
     assert searched == [GRID[2]] and second.searched == 1
     assert made_up_times == [tmp_path / f"{GRID[2].name}.onnx"]
     assert second.outcomes[:2] == first.outcomes
@@ -174,17 +182,17 @@ def test_only_what_is_missing_is_searched_and_timed(
     (tmp_path / f"{GRID[0].name}.json").write_text('{"key": 1')
     (tmp_path / f"{GRID[1].name}.onnx").unlink()
     searched.clear()
-    assert found(sweep(model, GRID[:3], tmp_path, data=data, jobs=1)) == found(second)
+    assert found(sweep(model, GRID[:3], tmp_path, QUICK, data=data, jobs=1)) == found(second)
     assert searched == [GRID[0], GRID[1]]
     monkeypatch.setattr(module, "__version__", "0.0.0")
     searched.clear()
-    sweep(model, GRID[:1], tmp_path, data=data, jobs=1)
+    sweep(model, GRID[:1], tmp_path, QUICK, data=data, jobs=1)
     assert searched == [GRID[0]]
 
     # Other threads: timed again, not searched again.
     searched.clear()
     made_up_times.clear()
-    sweep(model, GRID[:1], tmp_path, data=data, jobs=1, threads=2)
+    sweep(model, GRID[:1], tmp_path, QUICK, data=data, jobs=1, threads=2)
     assert not searched and len(made_up_times) == 1
 
 
@@ -192,7 +200,7 @@ def test_a_folder_belongs_to_one_model_and_its_options(
     model: Path, data: Data, tmp_path: Path, made_up_times: list[Path]
 ) -> None:
     folder = tmp_path / "s"
-    sweep(model, GRID[:1], folder, data=data, jobs=1)
+    sweep(model, GRID[:1], folder, QUICK, data=data, jobs=1)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     other = tmp_path / "other.onnx"
     net = Net()
@@ -200,16 +208,16 @@ def test_a_folder_belongs_to_one_model_and_its_options(
     onnx.save(net.build(), other)
     for arguments, message in (
         ({"model": other}, "holds a sweep of another model; give another folder"),
-        ({"config": Config(seed=1)}, r"holds a sweep with another seed \(0 there, 1 here\)"),
-        ({"config": Config(reorder="none")}, "another reorder"),
+        ({"config": replace(QUICK, seed=1)}, r"holds a sweep with another seed \(0 there, 1 here\)"),
+        ({"config": Config()}, "another reorder"),
         ({"data": replace(data, labels=None)}, "another data;"),
         ({"calibration": data}, "another calibration;"),
     ):
-        values: dict = {"model": model, "data": data} | arguments
+        values: dict = {"model": model, "config": QUICK, "data": data} | arguments
         with pytest.raises(SweepError, match=message):
             sweep(values.pop("model"), GRID[:1], folder, jobs=1, **values)
     # More memory or another number of processes finds the same.
-    assert sweep(model, GRID[:1], folder, Config(memory=10**6, workers=1), data=data, jobs=1).searched == 0
+    assert sweep(model, GRID[:1], folder, replace(QUICK, memory=10**6, workers=1), data=data, jobs=1).searched == 0
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -244,7 +252,18 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 def command(model: Path, folder: Path) -> list[str]:
-    options = ["--sparsity", "0.5:0.75:0.25", "--block-size", "4,8", "--jobs", "1", "--seconds", "0.001"]
+    options = [
+        "--sparsity",
+        "0.5:0.75:0.25",
+        "--block-size",
+        "4,8",
+        "--jobs",
+        "1",
+        "--reorder",
+        "none",
+        "--seconds",
+        "0.001",
+    ]
     return ["sweep", str(model), *options, "-o", str(folder)]
 
 
@@ -347,7 +366,7 @@ def test_a_cluster_finds_the_same(
     cluster: str, model: Path, data: Data, tmp_path: Path, made_up_times: list[Path]
 ) -> None:
     settings = grid((0.5,), ((4, 4), (8, 8), (16, 16)))
-    config = Config(sweeps=1, reorder="greedy")
+    config = Config(sweeps=1, reorder="greedy", importance="l1")
     calibration = replace(data, samples={name: x[:8] for name, x in data.samples.items()})
     here = sweep(model, settings, tmp_path / "here", config, calibration, data, jobs=2)
     there = sweep(model, settings, tmp_path / "there", config, calibration, data, scheduler=cluster)
