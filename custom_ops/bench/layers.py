@@ -10,13 +10,22 @@ over the largest output: that of `--precision`.
     python custom_ops/bench/layers.py custom_ops/bench/vgg16.txt --algorithm auto --baseline direct
 
 compares two ways to compute the same block-sparse layer: `fraction` is the speed-up then.
+
+    python custom_ops/bench/layers.py --network resnet50.onnx resnet50_bs.onnx --threads 1 -o resnet50.csv
+
+times the layers inside whole networks instead: of the first model, dense, and of each other one, a block-sparse form of
+it (tetris_onnx.bench, from onnxruntime's profile). The dense layer is then the fastest that onnxruntime has, in its own
+layout. Rows are added to the table (-o); those of the same models and threads are replaced.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import os
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +36,8 @@ import onnxruntime
 from one_layer import random_layer  # beside this file
 from shapes import Layer, read_layers
 from tetris_onnx import runtime
+from tetris_onnx.bench import bench
+from tetris_onnx.processor import cpu_name
 
 # Largest difference of the outputs over the largest. Rounding to bfloat16 is off by up to 2^-9 of each factor, to
 # bytes by up to 1/510 of the range; over the many products of an output the errors mostly cancel.
@@ -82,10 +93,45 @@ def measure(layer: Layer, arguments: argparse.Namespace) -> tuple[float, float, 
     return sparse.density, statistics.median(times[0]), statistics.median(times[1]), error
 
 
+COLUMNS = ("network", "threads", "layer", "dense_ms", "sparse_ms", "density", "speedup", "fraction")
+
+
+def measure_network(dense: Path, sparse: Path, arguments: argparse.Namespace) -> list[dict[str, str]]:
+    """The layers of two models inside them, and last, as the layer "network", the whole."""
+    result = bench(dense, sparse, arguments.threads, "cpu", arguments.batch, seconds=arguments.seconds, per_layer=True)
+    whole = tuple(timing.median_ms for timing in result.timings)
+    measured = [(layer.name, layer.median_ms, layer.density) for layer in result.layers if layer.kind == "layer"]
+    rows = []
+    for name, (first, second), density in [*measured, ("network", whole, None)]:
+        speedup = first / second if first and second else None
+        fraction = speedup * density if speedup and density is not None else None
+        values = (first, second, density, speedup, fraction)
+        numbers = ["" if value is None else f"{value:.4f}" for value in values]
+        rows.append(dict(zip(COLUMNS, (sparse.stem, str(arguments.threads), name, *numbers), strict=True)))
+    return rows
+
+
+def add_to_table(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write the rows to the table, in place of those of the same networks and threads."""
+    old: list[dict[str, str]] = []
+    if path.exists():
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+        old = list(csv.DictReader(lines))
+    new = {(row["network"], row["threads"]) for row in rows}
+    with path.open("w", encoding="utf-8", newline="") as file:
+        file.write(f"# {cpu_name()}, {os.cpu_count()} cores; onnxruntime {onnxruntime.__version__}\n")
+        file.write(f"# {shlex.join(['python', 'custom_ops/bench/layers.py', *sys.argv[1:]])}\n")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([row for row in old if (row["network"], row["threads"]) not in new] + rows)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("shapes", type=Path, help="file of layers, one a line")
+    parser.add_argument("shapes", type=Path, nargs="+", help="file of layers, one a line; of --network, the models")
+    parser.add_argument("--network", action="store_true", help="time the layers inside whole networks")
+    parser.add_argument("-o", "--output", type=Path, help="of --network: add the rows to this table (.csv)")
     parser.add_argument("--density", type=float, default=0.27)
     parser.add_argument("--block-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
@@ -98,6 +144,16 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="for each layer")
     parser.add_argument("--layers", help="only the layers whose name holds this")
     arguments = parser.parse_args()
+    if arguments.network:
+        dense, *forms = arguments.shapes
+        rows = [row for sparse in forms for row in measure_network(dense, sparse, arguments)]
+        for row in rows:
+            print(*row.values(), sep=",")
+        if arguments.output is not None:
+            add_to_table(arguments.output, rows)
+        return
+    if len(arguments.shapes) != 1:
+        parser.error("one file of layers at a time")
     if arguments.threads > 1:
         # One pool for both sessions: after a run, a session's own threads would go on spinning into the other's time.
         onnxruntime.set_global_thread_pool_sizes(arguments.threads, 1)
@@ -106,7 +162,7 @@ def main() -> None:
         f"{'speed-up':>8} fraction   error"
     )
     total_dense = total_sparse = total_ideal = 0.0
-    for layer in read_layers(arguments.shapes):
+    for layer in read_layers(arguments.shapes[0]):
         if arguments.layers and arguments.layers not in layer.name:
             continue
         density, dense, sparse, error = measure(layer, arguments)
