@@ -41,6 +41,7 @@ class Net:
         self.outputs: list[onnx.ValueInfoProto] = []
         self.value_infos: list[onnx.ValueInfoProto] = []
         self.domains: dict[str, int] = {}
+        self.functions: list[onnx.FunctionProto] = []
         self._count: Counter[str] = Counter()
 
     def name(self, stem: str) -> str:
@@ -123,7 +124,7 @@ class Net:
             self.nodes, "test", self.inputs, self.outputs, self.initializers, value_info=self.value_infos
         )
         opsets = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(d, v) for d, v in self.domains.items())]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=ir_version)
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=ir_version, functions=self.functions)
         inferred = {v.name: v for v in onnx.shape_inference.infer_shapes(model).graph.output}
         for value in model.graph.output:  # outputs need a shape
             if not value.type.tensor_type.HasField("shape"):
@@ -196,7 +197,7 @@ def random_plan(
     """
     rng = np.random.default_rng(seed)
     plans = []
-    for layer in find_layers(prepare(io.to_graph(model))):
+    for layer in find_layers(prepare(io.to_graph(model), quantized=True)):
         if layer.why_dense or layer.name in skip:
             continue
         out, in_ = layer.weight_shape[:2]

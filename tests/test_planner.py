@@ -439,3 +439,15 @@ def test_layers_in_subgraphs_are_listed_with_the_reason() -> None:
     assert [row.layer for row in rows] == ["conv1", "else_branch_y", "then_branch_y"]
     assert [row.reason for row in rows[1:]] == ["it is in the body of If 'node_if1'"] * 2
     assert rows[1].weight_shape == (12, 12, 1, 1)
+
+
+def test_transposed_convolutions_are_listed() -> None:
+    net = Net()
+    weight = net.constant(net.weight_values(8, 6, 2, 2))  # [in, out of a group, *kernel]
+    a = net.op("ConvTranspose", net.input("x", ["N", 8, 5, 5]), weight, strides=[2, 2], group=2)
+    net.output(net.conv(a, (12, 4)))
+    first, second = inspect(net.build())
+    assert (first.op_type, first.reason) == ("ConvTranspose", "it is a transposed convolution")
+    assert first.weight_shape == (12, 4, 2, 2) and first.parameters == 8 * 6 * 4
+    assert first.macs == 8 * 25 * 6 * 4
+    assert second.reason.startswith("it is the last layer")

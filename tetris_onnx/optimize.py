@@ -330,7 +330,7 @@ def pipeline(
     """
     steps: list[tuple[str, Callable[[gs.Graph], None]]] = [
         ("normalize_layers", normalize_layers),
-        ("open_layers", _open_planned(plan)),
+        ("open_layers", _open({p.layer for p in plan} | set(whole))),
         ("fuse_batchnorm", fuse_batchnorm),
     ]
     if weights:
@@ -364,15 +364,15 @@ def masked_dense(
     Refitted ``weights`` are those of a model whose BatchNormalization is fused; without them it stays as it is. Its
     large constants go to ``weight_file``, if there is one.
     """
-    steps = [Pass("normalize_layers", normalize_layers), Pass("open_layers", _open_planned(plan))]
+    steps = [Pass("normalize_layers", normalize_layers), Pass("open_layers", _open({p.layer for p in plan}))]
     if weights:
         steps += [Pass("fuse_batchnorm", fuse_batchnorm), Pass("set_weights", partial(set_weights, weights=weights))]
     steps.append(Pass("prune_blocks", partial(prune_blocks, plan=plan)))
     return io.to_proto(run_passes(io.to_graph(model), steps), model, weight_file)
 
 
-def _open_planned(plan: Plan) -> Callable[[gs.Graph], None]:
-    return partial(open_layers, names={decision.layer for decision in plan}, quantized=True)
+def _open(names: Collection[str]) -> Callable[[gs.Graph], None]:
+    return partial(open_layers, names=names, quantized=True)
 
 
 def _first(samples: Samples, inputs: Sequence[InputSpec]) -> Samples:

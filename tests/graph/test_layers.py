@@ -75,7 +75,7 @@ class TestWhyDense:
     def test_grouped_and_depthwise(self) -> None:
         net = Net()
         net.output(net.conv(net.input("x", [1, 8, 5, 5]), (8, 8), group=2))
-        dense(net, "grouped (2 groups)")
+        dense(net, "grouped (2 groups")
         net = Net()
         net.output(net.conv(net.input("x", [1, 8, 5, 5]), (8, 8), group=8))
         dense(net, "depthwise")
