@@ -73,10 +73,9 @@ class Candidate:
         Grouped and quantized ones keep their own form, which is faster.
         """
         layer = self.layer
-        if self.shape is None or len(self.shape.kernel) != 2 or self.layer.opened or self.options.skip:
+        if self.shape is None or len(self.shape.kernel) != 2 or layer.opened or self.options.skip:
             return False
-        quantized = any(node.op == "DequantizeLinear" for node in layer.data.inputs)
-        return not quantized and bool(layer.weight.dtype == np.float32) and self.finite
+        return bool(layer.weight.dtype == np.float32) and self.finite
 
     @cached_property
     def finite(self) -> bool:
