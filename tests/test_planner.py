@@ -416,13 +416,14 @@ def test_for_cuda_blocks_are_as_tall_as_pays() -> None:
     net = Net()
     x = net.op("Relu", net.conv(net.input("x", ["N", 1024, 28, 28]), (1024, 1024), kernel=1))
     net.output(net.conv(x, (1024, 128), kernel=1))
-    plan, _ = planned(net, target="cuda", block_size=None, layers=(LayerRule("*"),))
+    plan, _ = planned(net, target="cuda", reorder="none", block_size=None, layers=(LayerRule("*"),))
     assert [p.block_size for p in plan] == [(128, 64), (64, 64)]
     # Whoever sets a block size gets that.
-    plan, _ = planned(net, target="cuda", block_size=(64, 64), layers=(LayerRule("*"),))
+    plan, _ = planned(net, target="cuda", reorder="none", block_size=(64, 64), layers=(LayerRule("*"),))
     assert {p.block_size for p in plan} == {(64, 64)}
     rules = (LayerRule("node_conv1", block_size=(64, 128)),)
-    assert planned(net, target="cuda", block_size=None, layers=rules)[0].layers[0].block_size == (64, 128)
+    plan, _ = planned(net, target="cuda", reorder="none", block_size=None, layers=rules)
+    assert plan.layers[0].block_size == (64, 128)
 
 
 def test_layers_in_subgraphs_are_listed_with_the_reason() -> None:

@@ -31,7 +31,7 @@ PROCESSORS = 132
 @pytest.fixture(scope="module")
 def kernels(process_driver: StandIn, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     process_driver.reset()
-    return gpu_library.compile_library(tmp_path_factory.mktemp("kernels"), "-O1")
+    return gpu_library.compile_library(tmp_path_factory.mktemp("kernels"), "-O0")
 
 
 def make(kernels: ctypes.CDLL, layer: Layer, kind: str, block: tuple[int, int]) -> gpu_library.Sparse:

@@ -14,12 +14,14 @@ import onnxruntime
 import pytest
 
 from tests.custom_ops import models
-from tests.custom_ops.cuda.test_ops import TOLERANCES, model_of, op_of, random_input
+from tests.custom_ops.cuda.test_ops import TOLERANCES, in_type, model_of, op_of, random_input
+from tests.custom_ops.test_channels_last_max_pool import max_pool, pool_model
 from tetris_onnx import runtime
 
 pytestmark = pytest.mark.gpu
 
 # The oracle is float64; cuDNN is not involved. TF32 sums on the tensor cores round a little differently from numpy's.
+DEVICE = "cuda"
 GPU_TOLERANCES = {kind: 4 * tolerance for kind, tolerance in TOLERANCES.items()} | {"tf32": 1e-4}
 
 
@@ -64,14 +66,39 @@ def test_against_the_oracle(
         np.testing.assert_allclose(y, expected, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("kind", ["tf32", "f16", "bf16"])
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("last", [(True, True), (True, False), (False, True), (False, False)])
+def test_layouts_and_addends(
+    gpu: None, rng: np.random.Generator, last: tuple[bool, bool], add: bool, kind: str
+) -> None:
+    op = op_of(rng, (150, 136, 3, 3), (64, 64), pads=[1, 1, 1, 1], activation_min=0.0, **models.transposes(2, *last))
+    feed = {"x": random_input(rng, 2, *((13, 11, 136) if last[0] else (136, 13, 11)))}
+    shape = op.expected(feed["x"]).shape
+    if add:
+        op, feed["addend"] = models.fused(op, "Add"), random_input(rng, *shape)
+    model = in_type(models.make_model(op, feed["x"].shape, **({"addend_shape": shape} if add else {})), kind)
+    expected = op.expected(*feed.values())
+    y = cuda_session(model).run(None, feed)[0]
+    np.testing.assert_allclose(y, expected, rtol=0, atol=GPU_TOLERANCES[kind] * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kind", ["tf32", "f16", "bf16"])
+def test_max_pool(gpu: None, rng: np.random.Generator, kind: str) -> None:
+    x = random_input(rng, 2, 13, 11, 70)
+    model = pool_model(x.shape, kernel_shape=(3, 3), strides=(2, 2), pads=(1, 1, 1, 1))
+    y = cuda_session(in_type(model, kind)).run(None, {"x": x})[0]
+    np.testing.assert_array_equal(y, max_pool(x, (3, 3), (2, 2), (1, 1, 1, 1)))
+
+
 def test_cuda_graph(gpu: None, rng: np.random.Generator) -> None:
     """A captured graph gives right results for new inputs, whatever ran on the GPU in between."""
     op = op_of(rng, (128, 128, 3, 3), (64, 64), pads=[1, 1, 1, 1])
     shape = (1, 128, 14, 14)
     session = cuda_session(models.make_model(op, shape), enable_cuda_graph="1")
     other = cuda_session(models.make_model(op, (8, 128, 28, 28)))
-    x = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32), "cuda", 0)
-    y = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32), "cuda", 0)
+    x = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32), DEVICE, 0)
+    y = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32), DEVICE, 0)
     binding = session.io_binding()
     binding.bind_ortvalue_input("x", x)
     binding.bind_ortvalue_output("y", y)

@@ -8,9 +8,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.custom_ops.cuda.stand_in import OPS, ROOT
+from tests.custom_ops import models
+from tests.custom_ops.cuda import test_gpu
+from tests.custom_ops.cuda.stand_in import OPS, ROOT, StandIn
+
+
+@pytest.mark.usefixtures("shared_library")
+@pytest.mark.parametrize("kind", ["tf32", "bf16"])
+def test_the_tests_for_a_gpu(
+    driver: StandIn, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Those of test_gpu.py, so that on a GPU they fail for what is wrong there only."""
+    monkeypatch.setattr(test_gpu, "cuda_session", lambda model, **_: models.session(model))
+    monkeypatch.setattr(test_gpu, "DEVICE", "cpu")
+    for kernel in ((), (3, 3)):
+        test_gpu.test_against_the_oracle(None, rng, monkeypatch, kernel, kind)
+    for last in ((True, True), (False, True)):
+        for add in (False, True):
+            test_gpu.test_layouts_and_addends(None, rng, last, add, kind)
+    test_gpu.test_max_pool(None, rng, kind)
+    test_gpu.test_cuda_graph(None, rng)
+    assert driver.errors == []
+    assert {launch.variant.type for launch in driver.launches} >= {kind}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the CUDA kernels are for Linux")
