@@ -718,9 +718,9 @@ struct ConvKernel::Work {
     const int64_t inner_input = plan.input[1] * plan.input[2];
     const int64_t stride = a.strides[0];
     // Rows that are copied as they are need no loop over rows.
-    const bool as_is = (plan.side_masked && a.strides[2] == 1 && plan.margin == 0) || (inner == inner_input && a.kernel[1] == 1 && a.kernel[2] == 1 &&
-                                            a.strides[1] == 1 && a.strides[2] == 1 && a.pads_begin[1] == 0 &&
-                                            a.pads_begin[2] == 0);
+    const bool as_is = (plan.side_masked && a.strides[2] == 1 && plan.margin == 0) ||
+                       (inner == inner_input && a.kernel[1] == 1 && a.kernel[2] == 1 && a.strides[1] == 1 &&
+                        a.strides[2] == 1 && a.pads_begin[1] == 0 && a.pads_begin[2] == 0);
     // Planes of the even and the odd columns of an input of even width are made in one go.
     const bool split = plan.side_masked && a.strides[2] == 2 && plan.input[2] == 2 * width &&
                        kernel.kernels_.precision == Precision::kFloat32;
@@ -888,7 +888,8 @@ void ConvKernel::run(const float* x, const float* addend, int64_t batch, const S
     quantized.assign(static_cast<size_t>(batch), input_quantization_.value_or(Quantization{}));
     work.quantized = quantized.data();
     if (!input_quantization_) {
-      work.parts_of_image = std::clamp<int64_t>(static_cast<int64_t>(used_.size()), 1, ceil_div(threads * kStagesPerThread, batch));
+      const int64_t used = static_cast<int64_t>(used_.size());
+      work.parts_of_image = std::clamp<int64_t>(used, 1, ceil_div(threads * kStagesPerThread, batch));
       work.survey_items = work.parts_of_image * batch;
       ranges.resize(static_cast<size_t>(work.survey_items));
       work.ranges = ranges.data();
