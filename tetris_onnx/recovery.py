@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import onnx
@@ -22,10 +23,13 @@ from tetris_onnx.algorithms.error_search import search, support
 from tetris_onnx.algorithms.refit import LayerSamples
 from tetris_onnx.calibration import Samples
 from tetris_onnx.config import Config
+from tetris_onnx.graph import io
 from tetris_onnx.graph.channels import ChannelAxis, find_region
 from tetris_onnx.graph.layers import Layer, conv_window
+from tetris_onnx.influence import Influence, measure_influence
 from tetris_onnx.passes.fuse_epilogue import clip_bounds
-from tetris_onnx.passes.set_weights import NewWeights
+from tetris_onnx.passes.pipeline import Pass, run_passes
+from tetris_onnx.passes.set_weights import NewWeights, set_weights
 from tetris_onnx.plan import LayerPlan, Plan
 from tetris_onnx.planner import Candidate, Progress, describe, free_axes, magnitude, search_order
 from tetris_onnx.report import LayerReport
@@ -42,6 +46,9 @@ _MOST_WORK = 10**13
 _SWEEP_WORK = 10**12
 # An output that no kept weight reads counts this much of one that is read most: what reads it may change a little.
 _LEAST_WORTH = 1e-3
+# This share of what a sample counts is the same for all: gradients are those of the dense network at a point.
+_EVEN = 0.2
+_DRAWS = 2  # backward passes per sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,19 +71,36 @@ def recover(
 ) -> Recovery:
     """Prune ``candidates``, the layers of a prepared ``graph`` (and its ``model``), with calibration ``samples``.
 
-    Where ``config.sweeps`` says so (by default, where that takes little), the network is pruned again from the start by
-    what the layers behind still read of each output (`output_worth`), and the better result is taken.
+    Errors count by what they do to the network's outputs (`influence`), where that is known. Where ``config.sweeps``
+    says so (by default, where that takes little), the network is pruned again from the start by what its pruned form
+    makes of them, and the better result is taken.
 
     With a ``plan``, its permutations and blocks are kept and only the weights are fitted. Deterministic for a seed.
     """
-    best = _prune(candidates, model, config, samples, plan, progress, {})
+    matter = _matter(candidates, model, config, samples)
+    best = _prune(candidates, model, config, samples, plan, progress, matter)
     for _ in range(_sweeps(candidates, config) - 1 if plan is None and by_error(config) else 0):
-        worth = output_worth(graph, [c.layer for c in candidates], best.weights)
-        found = _prune(candidates, model, config, samples, plan, progress, worth)
+        pruned = run_passes(graph, [Pass("set_weights", partial(set_weights, weights=best.weights))])
+        matter = _matter(candidates, io.to_proto(pruned, model), config, samples)
+        if not matter:
+            worth = output_worth(graph, [c.layer for c in candidates], best.weights)
+            matter = {name: Influence(channels, None) for name, channels in worth.items()}
+        found = _prune(candidates, model, config, samples, plan, progress, matter)
         if _last_error(candidates, found) >= _last_error(candidates, best):
             break
         best = found
     return best
+
+
+def _matter(
+    candidates: Sequence[Candidate], model: onnx.ModelProto, config: Config, samples: Samples
+) -> dict[str, Influence]:
+    """What errors of the layers do to the outputs of ``model``, a dense or pruned form of the network, where known."""
+    if not by_error(config):
+        return {}
+    layers = [c.layer for c in candidates if not c.layer.why_dense and not c.options.skip]
+    known = [(x.name, x.out_axis) for x in layers if x.out_axis is not None and x.output.shape is not None]
+    return measure_influence(model, known, samples, _DRAWS, config.seed)
 
 
 def _sweeps(candidates: Sequence[Candidate], config: Config) -> int:
@@ -142,9 +166,9 @@ def _prune(
     samples: Samples,
     plan: Plan | None,
     progress: Progress | None,
-    worth: Mapping[str, NDArray[np.float64]],
+    matter: Mapping[str, Influence],
 ) -> Recovery:
-    """One pass over the network. ``worth``: see `output_worth`; in other layers all outputs are worth the same."""
+    """One pass over the network. ``matter``: by layer; errors of all outputs of other layers count the same."""
     chosen = [c for c in candidates if (not c.why_dense if plan is None else plan.get(c.layer.name) is not None)]
     dense = [c for c in candidates if c not in chosen and not (c.layer.why_dense or c.layer.opened or c.options.skip)]
     names = [c.layer.name for c in chosen]
@@ -157,15 +181,22 @@ def _prune(
             layer = candidate.layer
             if progress is not None:
                 progress("recover", done, len(todo))
-            seen, bounds = layer_samples(layer, activations.advance(layer.name), config.seed)
+            influence = matter.get(layer.name)
+            where = None if influence is None else influence.positions
+            seen, bounds = layer_samples(layer, activations.advance(layer.name), config.seed, influence=where)
             decision, shares = None if plan is None else plan.get(layer.name), None
             keep = np.ones((layer.weight_shape[0], seen.features), bool)
             if candidate in chosen:
                 if decision is None:
-                    decision, shares = _choose(candidate, seen, config, worth.get(layer.name))
+                    decision, shares = _choose(
+                        candidate, seen, config, None if influence is None else _worth(influence)
+                    )
                 plans.append(decision)
                 keep = support((decision.out_perm, decision.in_perm), decision.block_size, decision.keep, _taps(layer))
-            weight, bias = seen.refit(keep, bounds, choose_damping=True, workers=config.workers)
+            if keep.all() and seen.few:
+                weight, bias = seen.rescale()
+            else:
+                weight, bias = seen.refit(keep, bounds, choose_damping=True, workers=config.workers)
             kind = layer.weight.dtype
             new = NewWeights(weight.reshape(layer.weight_shape).astype(kind), bias.astype(kind))
             activations.replace(layer.name, layer.stored(new.weight), new.bias)
@@ -177,8 +208,19 @@ def _prune(
     return Recovery(Plan(tuple(plans)), weights, listing)
 
 
+def _worth(influence: Influence) -> NDArray[np.float64]:
+    """What errors in each output channel count, [out], mean 1."""
+    worth = np.maximum(influence.channels, _LEAST_WORTH * influence.channels.max())
+    return worth / max(float(worth.mean()), 1e-300)
+
+
 def layer_samples(
-    layer: Layer, seen: Seen, seed: int, rows: int = _ROWS, per_feature: int = _ROWS_PER_FEATURE
+    layer: Layer,
+    seen: Seen,
+    seed: int,
+    rows: int = _ROWS,
+    per_feature: int = _ROWS_PER_FEATURE,
+    influence: NDArray[np.float32] | None = None,
 ) -> tuple[LayerSamples, tuple[NDArray, NDArray]]:
     """The least-squares problem of a layer, and the bounds where its outputs are clipped (see `LayerSamples.refit`).
 
@@ -198,6 +240,10 @@ def layer_samples(
 
     u = np.empty((len(data) * each, features), np.float32)
     y = np.empty((len(data) * each, out), np.float32)
+    share = None
+    if influence is not None and influence.size == len(data) * positions:
+        influence = influence.reshape(len(data), positions)
+        share = np.empty(len(u), np.float32)
     low, high = (np.asarray(bound, np.float32) for bound in _bounds(layer, seen.addend is not None))
     if seen.addend is not None:
         low, high = np.broadcast_to(low, y.shape).copy(), np.broadcast_to(high, y.shape).copy()
@@ -210,13 +256,17 @@ def layer_samples(
             else data[i].reshape(-1, features)[chosen]
         )
         y[part] = outputs(output[i], chosen)
+        if share is not None and influence is not None:
+            share[part] = influence[i, chosen]
         if seen.addend is not None:
             addend = outputs(seen.addend[i], chosen)
             y[part] -= addend
             low[part] -= addend
             high[part] -= addend
     weight = layer.weight.reshape(out, -1).astype(np.float32, copy=False)
-    return LayerSamples(u, y, weight, inputs=len(data)), (low, high)
+    if share is not None:
+        share = _EVEN + (1 - _EVEN) * share / max(float(share.mean()), 1e-30)
+    return LayerSamples(u, y, weight, inputs=len(data), share=share), (low, high)
 
 
 def patches(layer: Layer, image: NDArray, out_shape: tuple[int, ...], chosen: NDArray[np.int64]) -> NDArray:

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import csv
 import glob
+import os
+import platform
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,6 +28,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import typer
 from numpy.typing import NDArray
 from rich.progress import track
@@ -39,6 +42,7 @@ from tetris_onnx.graph import io
 from tetris_onnx.optimize import masked_dense
 from tetris_onnx.passes import NewWeights
 from tetris_onnx.planner import Candidate, make_plan, prepare, survey
+from tetris_onnx.processor import cpu_name
 from tetris_onnx.recovery import layer_samples, recover
 
 SAMPLE = Path(__file__).resolve().parents[1] / "fashion_mnist"
@@ -53,6 +57,13 @@ class Variant:
     block_size: int
     reorder: str
     recovery: str
+
+
+def provenance(seed: int) -> str:
+    """What a table was made with, as its first lines."""
+    libraries = f"numpy {np.__version__}, onnxruntime {onnxruntime.__version__}, Python {platform.python_version()}"
+    command = " ".join(Path(word).name if Path(word).exists() else word for word in sys.argv)
+    return f"# seed {seed}; {cpu_name()}, {os.cpu_count()} cores; {libraries}\n# python {command}\n"
 
 
 def variants(sparsities: list[float], block_sizes: list[int], recoveries: list[str]) -> Iterator[Variant]:
@@ -176,6 +187,7 @@ def main(
     base = prunable(proto, max(sizes), skip or [])
     rows = list(variants([float(s) for s in sparsity.split(",")], sizes, recovery.split(",")))
     with output.open("w", newline="") as file:
+        file.write(provenance(base.seed))
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         for variant in track(rows, "pruning", disable=not sys.stderr.isatty()):

@@ -169,3 +169,33 @@ def test_few_and_many_samples_choose_alike(few: bool) -> None:
     assert np.isfinite(fitted).all() and np.isfinite(bias).all() and samples.error(fitted) < 1
     single, _ = LayerSamples(u[:1], y[:1], weight).refit(random_keep(), choose_damping=True)
     np.testing.assert_allclose(single, np.where(random_keep(), weight, 0), atol=1e-5)  # says nothing: nothing changes
+
+
+def test_shares_count_samples_more_often() -> None:
+    """A sample that counts three times is one that is there three times; the errors are those of that problem."""
+    rng = np.random.default_rng(3)
+    u, noise = rng.standard_normal((60, 6)).astype(np.float32), rng.standard_normal((60, 4)).astype(np.float32)
+    weight = rng.standard_normal((4, 6)).astype(np.float32)
+    y = u @ weight.T + 0.5 * noise + np.abs(u[:, :1])
+    times = rng.integers(1, 4, 60)
+    keep = np.ones((4, 6), bool)
+    keep[:2, :3] = keep[2:, 4:] = False
+    shared = LayerSamples(u, y, weight, share=(times / times.mean()).astype(np.float32))
+    repeated = LayerSamples(np.repeat(u, times, axis=0), np.repeat(y, times, axis=0), weight)
+    for bounds in ((-np.inf, np.inf), (0.0, np.inf)):
+        (w1, b1), (w2, b2) = (problem.refit(keep, bounds) for problem in (shared, repeated))
+        np.testing.assert_allclose(w1, w2, atol=1e-4)  # sums in float32
+        np.testing.assert_allclose(b1, b2, atol=1e-4)
+    assert shared.error(w1) == pytest.approx(repeated.error(w2), rel=1e-3)
+    np.testing.assert_allclose(shared.saliency(), repeated.saliency(), rtol=1e-3, atol=1e-4)
+
+
+def test_rescaling_finds_a_factor_and_a_shift_per_output() -> None:
+    rng = np.random.default_rng(4)
+    u, weight = rng.standard_normal((20, 50)).astype(np.float32), rng.standard_normal((3, 50)).astype(np.float32)
+    factor, shift = np.array([1.25, 0.8, 1.0]), np.array([3.0, -1.0, 0.0])
+    new, bias = LayerSamples(u, ((u @ weight.T) * factor + shift).astype(np.float32), weight).rescale()
+    np.testing.assert_allclose(new, weight * factor[:, None], rtol=1e-4)
+    np.testing.assert_allclose(bias, shift, atol=1e-4)
+    worthless = LayerSamples(u, rng.standard_normal((20, 3)).astype(np.float32), weight).rescale()[0] / weight
+    assert worthless.min() >= 0.5 and worthless.max() <= 2, "noise does not turn an output off or around"

@@ -61,7 +61,9 @@ def test_the_table_of_a_small_network(script: ModuleType, tmp_path: Path) -> Non
         skip=None,
     )
     with (tmp_path / "table.csv").open() as file:
-        rows = list(csv.DictReader(file))
+        lines = file.readlines()
+    assert lines[0].startswith("# seed 0; ") and lines[1].startswith("# python ")
+    rows = list(csv.DictReader(lines[2:]))
     assert [(r["recovery"], r["block_size"], r["reorder"]) for r in rows] == [
         (recovery, size, reorder)
         for recovery in ("none", "refit")

@@ -37,25 +37,36 @@ _DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 _PARTS = 16  # of a large product
 _HELD_OUT = 4  # one in so many inputs of the network
 _CLIP_ITERATIONS = 4
+_FACTORS = (0.5, 2.0)  # by which an output may be scaled
 
 
 class LayerSamples:
     """One layer's least-squares problem, from samples ``u`` [n, features] and dense outputs ``y`` [n, out].
 
     Features are ordered (channel, tap). ``weight`` [out, features] is the dense weight. ``inputs``: of how many inputs
-    of the network the samples are, one after the other, equally many of each (default: each of its own). With fewer
-    samples than features everything is computed from the n x n matrix of inner products instead (the same results, up
-    to rounding).
+    of the network the samples are, one after the other, equally many of each (default: each of its own). ``share`` [n],
+    positive with mean 1: how often each sample's squared error counts (default: once). With fewer samples than
+    features everything is computed from the n x n matrix of inner products instead (the same results, up to rounding).
     """
 
     def __init__(
-        self, u: NDArray, y: NDArray, weight: NDArray, damping: float = DAMPING, inputs: int | None = None
+        self,
+        u: NDArray,
+        y: NDArray,
+        weight: NDArray,
+        damping: float = DAMPING,
+        inputs: int | None = None,
+        share: NDArray[np.float32] | None = None,
     ) -> None:
-        self.mean_in = u.mean(axis=0, dtype=np.float64)
-        self.mean_out = y.mean(axis=0, dtype=np.float64)
+        self._share = None if share is None else share[:, None]
+        self.mean_in = self._mean(u)
+        self.mean_out = self._mean(y)
         # Products are in the samples' float32: their rounding is far below the damping.
         self.u = u - self.mean_in.astype(u.dtype)
         self.y = y - self.mean_out.astype(y.dtype)
+        if self._share is not None:
+            self.u *= np.sqrt(self._share)
+            self.y *= np.sqrt(self._share)
         self.weight = weight
         self.inputs = inputs or len(u)
         # The sum of the outputs' variances.
@@ -72,6 +83,12 @@ class LayerSamples:
     def few(self) -> bool:
         """Whether there are fewer samples than features."""
         return len(self.u) < self.features
+
+    def _mean(self, values: NDArray) -> NDArray[np.float64]:
+        """The mean over the samples."""
+        if self._share is not None:
+            values = values * self._share
+        return values.mean(axis=0, dtype=np.float64)
 
     def _lam(self, damping: float) -> float:
         # A feature that never changes has a zero row in H: the damping keeps the matrix invertible.
@@ -206,15 +223,16 @@ class LayerSamples:
             weight, mean = solve(None), self.mean_out[rows]
             if u is None or not clipped:
                 return weight, mean - weight @ self.mean_in[s]
-            raw = self.y[:, rows] + self.mean_out[rows].astype(self.y.dtype)
+            root = np.sqrt(self._share) if self._share is not None else np.ones((1, 1), self.y.dtype)
+            raw = self.y[:, rows] / root + self.mean_out[rows].astype(self.y.dtype)
             least, most = low[:, rows], high[:, rows]
             below, above = raw <= least, raw >= most
             for _ in range(_CLIP_ITERATIONS):
-                fitted = u @ weight.T.astype(u.dtype) + mean.astype(u.dtype)
+                fitted = u @ weight.T.astype(u.dtype) / root + mean.astype(u.dtype)
                 target = np.where(below, np.minimum(fitted, least), raw)
                 target = np.where(above, np.maximum(fitted, most), target)
-                mean = target.mean(axis=0, dtype=np.float64)
-                weight = solve(target - mean.astype(target.dtype))
+                mean = self._mean(target)
+                weight = solve((target - mean.astype(target.dtype)) * root)
             return weight, mean - weight @ self.mean_in[s]
 
         groups = [np.array(rows) for rows in supports.values()]
@@ -222,6 +240,19 @@ class LayerSamples:
         for rows, fitted in zip(groups, run_threads(fit, [(rows,) for rows in groups], workers), strict=True):
             weight[np.ix_(rows, np.flatnonzero(keep[rows[0]]))], bias[rows] = fitted
         return weight, bias
+
+    def rescale(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The dense weights with a factor per output, and the bias [out] with them, that fit the targets best.
+
+        Two numbers per output are all that fewer samples than features can tell of a layer that is not pruned: weights
+        fitted to them follow the samples' errors, which are smaller than those of other inputs.
+        """
+        now = self.u @ self.weight.T.astype(self.u.dtype)
+        power = np.einsum("no,no->o", now, now, dtype=np.float64)
+        factor = np.einsum("no,no->o", now, self.y, dtype=np.float64) / np.maximum(power, 1e-300)
+        factor = np.where(power > 0, np.clip(factor, *_FACTORS), 1.0)
+        weight = self.weight * factor[:, None]
+        return weight, self.mean_out - weight @ self.mean_in
 
     def _solver(
         self, rows: NDArray[np.int64], s: NDArray[np.int64], u: NDArray | None, damping: float
