@@ -421,6 +421,8 @@ def attempt(case: Case, models: Sequence[onnx.ModelProto], folder: Path) -> Outc
 
 def _work(cases: Sequence[Case], models: Sequence[onnx.ModelProto], folder: Path, report: int) -> None:
     """A worker: runs ``cases`` one after another and sends what came out."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     faulthandler.disable()  # pytest's would tell of each crash
     limit = GIGABYTES * 2**30
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
@@ -501,8 +503,10 @@ def main() -> int:
         print(" ".join(line))
         return cli.run(["--debug", *line])
     start = time.monotonic()
+    counts: Counter[str] = Counter()
 
     def show(outcome: Outcome) -> None:
+        counts[outcome.kind] += 1
         if outcome.kind not in GOOD:
             print(f"{outcome.number}: {outcome.kind}: {' '.join(outcome.text.split())[:300]}", flush=True)
             if args.keep is not None:
@@ -510,11 +514,14 @@ def main() -> int:
                 folder.mkdir(parents=True, exist_ok=True)
                 for name, data in files(cases[outcome.number], models).items():
                     (folder / name).write_bytes(data)
-        elif outcome.number % 1000 == 999:
+        elif outcome.number % 250 == 249:
             print(f"{outcome.number + 1} files, {time.monotonic() - start:.0f} s", flush=True)
 
-    counts = Counter(outcome.kind for outcome in fuzz(cases, models, show))
-    print(f"{args.count} files, seed {args.seed}: " + ", ".join(f"{n} {kind}" for kind, n in counts.most_common()))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):  # and tell what came out so far
+        fuzz(cases, models, show)
+    kinds = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
+    print(f"{sum(counts.values())} files, seed {args.seed}: {kinds}", flush=True)
     return int(any(kind not in GOOD for kind in counts))
 
 

@@ -18,4 +18,4 @@ fi
 cmake -S "$root/custom_ops" -B "$folder" -DCMAKE_CXX_COMPILER="$compiler" -DTETRIS_SANITIZE=ON -DTETRIS_CUDA=OFF \
   -DCMAKE_SYSTEM_NAME="$(uname -s)" -DCMAKE_SYSTEM_PROCESSOR=any -DTETRIS_FUZZ=ON >"$folder/cmake.log" || { cat "$folder/cmake.log"; exit 1; }
 cmake --build "$folder" --target fuzz_ops --parallel 2 >"$folder/build.log" || { cat "$folder/build.log"; exit 1; }
-UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1" "$folder/fuzz_ops" -rss_limit_mb=4096 -malloc_limit_mb=2048 -timeout=20 "$@"
+UBSAN_OPTIONS="print_stacktrace=1:halt_on_error=1" "$folder/fuzz_ops" -rss_limit_mb=4096 -malloc_limit_mb=2048 -timeout=300 "$@"
