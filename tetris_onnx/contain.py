@@ -25,7 +25,7 @@ _PATIENCE = 3
 def contained(command: Callable[[], int], limit_memory: bool = True) -> int:
     """Run ``command`` in a child process and return its exit code; 1 where it crashed, 130 where it was interrupted.
 
-    ``limit_memory``: let it have no more than the machine has. In this process, where the system has no fork.
+    ``limit_memory``: let it have no more than the machine has left. In this process, where the system has no fork.
     """
     if not hasattr(os, "fork"):
         return command()
@@ -105,16 +105,17 @@ def _die_with_parent() -> None:
 
 
 def _limit_memory() -> None:
-    """Make an allocation of more than the machine has fail, which is an error like others (Linux)."""
+    """Make an allocation of more than the machine has left fail, which is an error like others (Linux)."""
     if sys.platform != "linux":
         return
     import resource
 
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("SwapTotal:"):
-                total += 1024 * int(line.split()[1])
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        sizes = {line.split(":")[0]: 1024 * int(line.split()[1]) for line in lines}
+        # Others may give theirs back: a busy moment is not to fail a command that needs little.
+        total = max(sizes["MemAvailable"] + sizes["SwapFree"], total // 2)
     with contextlib.suppress(OSError, ValueError):  # the limit of a container
         total = min(total, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)

@@ -215,12 +215,12 @@ def test_one_message_is_written_in_parts(tmp_path: Path) -> None:
 
 
 GROWING = {
-    "ConstantOfShape": ([np.array([2**20, 2**20])], {}),
-    "Expand": ([np.zeros(1, np.float32), np.array([2**40])], {}),
-    "Tile": ([np.zeros(1024, np.float32), np.array([2**30])], {}),
-    "Pad": ([np.zeros(4, np.float32), np.array([2**40, 0])], {}),
-    "Gather": ([np.zeros((1, 2**20), np.float32), np.zeros(2**12, np.int64)], {"axis": 0}),
-    "Add": ([np.zeros((2**16, 1), np.float32), np.zeros((1, 2**16), np.float32)], {}),
+    "ConstantOfShape": ([np.array([2**14, 2**15])], {}),
+    "Expand": ([np.zeros(1, np.float32), np.array([2**29])], {}),
+    "Tile": ([np.zeros(1024, np.float32), np.array([2**19])], {}),
+    "Pad": ([np.zeros(4, np.float32), np.array([2**29, 0])], {}),
+    "Gather": ([np.zeros((1, 2**20), np.float32), np.zeros(2**9, np.int64)], {"axis": 0}),
+    "Add": ([np.zeros((2**15, 1), np.float32), np.zeros((1, 2**14), np.float32)], {}),
 }
 
 
@@ -268,3 +268,24 @@ def test_empty_lists() -> None:
     bad.graph.node[1].attribute.append(onnx.AttributeProto(name="pads", type=onnx.AttributeProto.INTS))
     with pytest.raises(ModelError, match="empty list as attribute 'pads'"):
         io.to_graph(bad)
+
+
+def test_values_without_bounds() -> None:
+    net = Net()
+    a = net.input("x", ["N", 64])
+    for _ in range(40):
+        a = net.op("Concat", a, a, axis=1)
+    net.output(a)
+    with pytest.raises(ModelError, match="bytes are too many"):
+        io.to_graph(net.build())
+
+
+@pytest.mark.parametrize("domain", ["", "com.example"])
+def test_cycles(tmp_path: Path, domain: str) -> None:
+    net = Net()
+    x = net.input("x", [2, 4])
+    net.op("Magic" if domain else "Sum", x, "b", out="a", domain=domain)
+    net.output(net.op("Relu", "a", out="b"), shape=[2, 4])
+    (tmp_path / "m.onnx").write_bytes(net.build().SerializeToString())
+    with pytest.raises(ModelError, match="not a valid ONNX model"):
+        io.load(tmp_path / "m.onnx")

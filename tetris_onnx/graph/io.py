@@ -7,6 +7,7 @@ for every input size, a name otherwise. The passes rely on these annotations and
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import secrets
@@ -51,6 +52,8 @@ from tetris_onnx.graph.widen import rounding
 # The functions that define our ops for other runtimes use operators as they are since this version.
 MIN_OPSET = 13
 _MIN_OPSET_HALF = 15
+# A value of one sample that is larger is most likely an attack; no run would get through with it anyway.
+_MOST_VALUE_BYTES = 2**33
 # protobuf refuses larger messages: such a model keeps its weights in a file beside it.
 _MAX_PROTO_BYTES = 2**31 - 2**20
 
@@ -307,6 +310,9 @@ def to_graph(model: onnx.ModelProto) -> gs.Graph:
         if isinstance(tensor, gs.Variable):
             if name in shapes:
                 tensor.dtype, tensor.shape = shapes[name][0], list(shapes[name][1])
+                size = math.prod(d for d in tensor.shape if isinstance(d, int)) * tensor.dtype.itemsize
+                if size > _MOST_VALUE_BYTES:
+                    raise ModelError(f"value {name!r} has the sizes {tensor.shape}: {size} bytes are too many")
             elif tensor.shape is not None:  # declared only: a dimension without a size comes as None
                 tensor.shape = [UNKNOWN if d is None else d for d in tensor.shape]
     _name_nodes(graph)
