@@ -186,9 +186,14 @@ class TestFuse:
         assert bounds(node) == (-np.inf, np.inf)
         assert not weights_of(result)[node.input[5]].any()
 
-    def test_only_one_activation(self) -> None:
-        result, node = fused(lambda net, a: clip(net, net.op("Relu", a), -1.0, 0.25))
-        assert bounds(node) == (0.0, np.inf) and op_counts(result)["Clip"] == 1
+    @pytest.mark.parametrize(
+        ("limits", "expected"),
+        [((-1.0, 0.25), (0.0, 0.25)), ((0.125, 0.25), (0.125, 0.25)), ((-2.0, -1.0), (-1.0, -1.0))],
+    )
+    def test_activations_in_a_row(self, limits: tuple[float, float], expected: tuple[float, float]) -> None:
+        """Where their limits do not overlap, the last one decides."""
+        result, node = fused(lambda net, a: clip(net, net.op("Relu", a), *limits))
+        assert bounds(node) == expected and op_counts(result)["Clip"] == op_counts(result)["Relu"] == 0
 
     def test_a_second_run_leaves_what_is_fused(self) -> None:
         """Relu, Clip and Add behind an operator that has an activation already."""
