@@ -189,10 +189,11 @@ def test_only_what_is_missing_is_searched_and_timed(
     sweep(model, GRID[:1], tmp_path, QUICK, data=data, jobs=1)
     assert searched == [GRID[0]]
 
-    # Other threads: timed again, not searched again.
+    # On another processor: timed again, not searched again.
     searched.clear()
     made_up_times.clear()
-    sweep(model, GRID[:1], tmp_path, QUICK, data=data, jobs=1, threads=2)
+    monkeypatch.setattr(module, "cpu_name", lambda: "another one")
+    sweep(model, GRID[:1], tmp_path, QUICK, data=data, jobs=1)
     assert not searched and len(made_up_times) == 1
 
 
@@ -208,10 +209,11 @@ def test_a_folder_belongs_to_one_model_and_its_options(
     onnx.save(net.build(), other)
     for arguments, message in (
         ({"model": other}, "holds a sweep of another model; give another folder"),
-        ({"config": replace(QUICK, seed=1)}, r"holds a sweep with another seed \(0 there, 1 here\)"),
-        ({"config": Config()}, "another reorder"),
-        ({"data": replace(data, labels=None)}, "another data;"),
-        ({"calibration": data}, "another calibration;"),
+        ({"config": replace(QUICK, seed=1)}, r"holds a sweep with another value of seed \(0 there, 1 here\)"),
+        ({"config": Config()}, "another value of reorder"),
+        ({"config": replace(QUICK, threads=2)}, r"another value of threads \(1 there, 2 here\)"),
+        ({"data": replace(data, labels=None)}, "with other data;"),
+        ({"calibration": data}, "with other calibration samples;"),
     ):
         values: dict = {"model": model, "config": QUICK, "data": data} | arguments
         with pytest.raises(SweepError, match=message):

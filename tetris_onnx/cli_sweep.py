@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from tetris_onnx.cli_options import Bgr, ImageSize, Json, Layout, Mean, Model, Scale, Std
-from tetris_onnx.config import ALLOCATIONS, IMPORTANCES, PRECISIONS, REORDERS, Config, load_config
+from tetris_onnx.cli_options import Bgr, ImageSize, Json, Layout, Mean, Model, Precision, Scale, Std, Threads
+from tetris_onnx.config import ALLOCATIONS, IMPORTANCES, REORDERS, Config, load_config
 from tetris_onnx.image_options import parse_image_options
 from tetris_onnx.terminal import open_console, print_json, show_progress
 from tetris_onnx.usage import read_data
@@ -42,9 +42,7 @@ def sweep(
     allocation: Annotated[
         str | None, typer.Option(metavar="|".join(ALLOCATIONS[:2]), help="See optimize.", show_default="uniform")
     ] = None,
-    precision: Annotated[
-        str | None, typer.Option(metavar="|".join(PRECISIONS), help="Of pruned layers.", show_default="float32")
-    ] = None,
+    precision: Precision = None,
     reorder: Annotated[
         str | None, typer.Option(metavar="|".join(REORDERS), help="See optimize.", show_default="exact")
     ] = None,
@@ -56,7 +54,7 @@ def sweep(
     scheduler: Annotated[
         str | None, typer.Option(metavar="tcp://HOST:PORT", help="Dask scheduler whose workers do the searches.")
     ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="That the times are measured with.")] = 1,
+    threads: Threads = None,
     seconds: Annotated[float, typer.Option(min=0.001, help="To time each setting.")] = 3.0,
     json: Json = False,
 ) -> None:
@@ -68,6 +66,7 @@ def sweep(
         "reorder": reorder,
         "importance": importance,
         "seed": seed,
+        "threads": threads,
     }
     base = Config() if config is None else load_config(config)
     chosen = replace(base, **{name: value for name, value in values.items() if value is not None})  # type: ignore[arg-type]
@@ -91,7 +90,6 @@ def sweep(
             data=labeled,
             jobs=jobs,
             scheduler=scheduler,
-            threads=threads,
             seconds=seconds,
             progress=progress,
         )

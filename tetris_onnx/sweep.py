@@ -49,6 +49,8 @@ _MOST_SETTINGS = 1000
 _CONNECT_SECONDS = 10
 # Options that change how much memory or how many processors a search takes, and not what it finds.
 _RESOURCES = ("sparsity", "block_size", "workers", "memory")
+# What a folder may turn out to be, where its content says nothing to a reader.
+_ANOTHER = {"model": "of another model", "calibration": "with other calibration samples", "data": "with other data"}
 MEASURES = ("accuracy", "agreement", "error")
 
 Versions: TypeAlias = dict[str, str]
@@ -187,7 +189,6 @@ def sweep(
     data: Data | None = None,
     jobs: int | None = None,
     scheduler: str | None = None,
-    threads: int = 1,
     seconds: float = 3.0,
     progress: Progress | None = None,
 ) -> Sweep:
@@ -198,8 +199,8 @@ def sweep(
     data the models are compared on the calibration samples (their labels are not used), else on random ones.
 
     ``jobs``: searches at a time (one per core by default); ``scheduler``: address of a Dask scheduler, whose workers
-    search in their place. ``threads`` and ``seconds`` are those of `bench`, which runs here. Raises `SweepError`, and
-    what `optimize`, `compare` and `bench` raise, but a `BudgetError` is the outcome of its setting.
+    search in their place. ``seconds`` and ``config.threads`` are those of `bench`, which runs here. Raises
+    `SweepError`, and what `optimize`, `compare` and `bench` raise, but a `BudgetError` is the outcome of its setting.
     """
     config = config or Config()
     if config.target != "cpu" or config.speedup is not None:
@@ -217,7 +218,7 @@ def sweep(
         found[outcome.setting] = outcome
         if progress is not None:
             progress("settings", done, len(todo))
-    found = _time_all(model, found, store, threads, seconds, judged, fixed_batch(inputs) or 1, progress)
+    found = _time_all(model, found, store, config.threads, seconds, judged, fixed_batch(inputs) or 1, progress)
     outcomes = tuple(found[setting] for setting in sorted(settings))
     measure = next(m for m in MEASURES if all(o.failure or o.quality(m) is not None for o in outcomes))
     source = "random samples" if judged is None else judged.source
@@ -288,8 +289,8 @@ class _Store:
         for key, value in self._identity.items():
             found = known.get(key) if isinstance(known, dict) else None
             if found != value:
-                what = "of another model" if key == "model" else f"with another {key.replace('_', ' ')}"
-                change = "" if key in ("model", "calibration", "data") else f" ({found} there, {value} here)"
+                what = _ANOTHER.get(key, f"with another value of {key}")
+                change = "" if key in _ANOTHER else f" ({found} there, {value} here)"
                 raise SweepError(f"{self.folder} holds a sweep {what}{change}; give another folder")
 
     def model_path(self, setting: Setting) -> Path:
