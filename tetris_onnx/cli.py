@@ -531,7 +531,8 @@ def _with_accuracy(
 def _with_times(report: Report, model: Path, result: Any, progress: Callable[[str, int, int], None]) -> Report:
     from tetris_onnx.bench import bench as run_bench
 
-    found = run_bench(model, result, report.threads, seconds=_BENCH_SECONDS, progress=percent_of("bench", progress))
+    shown = percent_of("bench", progress)
+    found = run_bench(model, result, threads=report.threads, seconds=_BENCH_SECONDS, progress=shown)
     assert found.speedup is not None
     assert found.interval is not None
     first, second = (timing.median_ms for timing in found.timings)

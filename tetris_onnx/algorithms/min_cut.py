@@ -13,8 +13,6 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array, csr_matrix
-from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 # scipy's flow counts in 32 bits, where a flow and an infinite capacity have to fit together.
 _TOTAL = 5 * 10**8
@@ -27,6 +25,10 @@ def least_labels(costs: Sequence[tuple[float, float]], pairs: Iterable[tuple[int
     Costs are 0 or more; infinite ones forbid. Of equally good labels, the one with the fewest 1s is taken. Raises
     `ValueError` where every choice is forbidden.
     """
+    # It takes its time to load.
+    from scipy.sparse import csr_array, csr_matrix
+    from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+
     n = len(costs)
     source, sink = n, n + 1
     edges: dict[tuple[int, int], float] = {}
