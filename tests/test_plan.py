@@ -96,7 +96,7 @@ def refused(path: Path, match: str = ".") -> None:
 class TestHostileFiles:
     def test_missing_folder_and_garbage(self, tmp_path: Path) -> None:
         refused(tmp_path / "no.npz", "no such file")
-        refused(tmp_path, "is a directory")
+        refused(tmp_path, "not a regular file")
         for content in (b"", b"garbage", b"PK\x03\x04" + bytes(100), bytes(1000), pickle.dumps({"a": 1})):
             (tmp_path / "x.npz").write_bytes(content)
             refused(tmp_path / "x.npz", "not a plan")

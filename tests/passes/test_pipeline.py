@@ -53,6 +53,7 @@ def test_every_dump_is_a_model_that_computes_the_same(tmp_path: Path, gathers: s
     run_passes(io.to_graph(proto), steps, tmp_path / "a" / "b", proto)
     dumps = sorted((tmp_path / "a" / "b").iterdir())
     assert [d.name for d in dumps] == [f"{i:02d}_{s.name}.onnx" for i, s in enumerate(steps, 1)]
+    pruned = [step.name for step in steps].index("prune_blocks")
     feed = random_feed(proto)
     dense, masked = run(proto, feed), run(masked_dense(proto, plan), feed)
     assert relative_error(dense, masked) > 0.01
@@ -62,7 +63,7 @@ def test_every_dump_is_a_model_that_computes_the_same(tmp_path: Path, gathers: s
         has_blocks = any(node.domain == "ai.tetris" for node in step.graph.node)
         if has_blocks and not step.functions:
             continue  # not runnable before the last pass has attached the definitions
-        expected = dense if dump.name[:2] in ("01", "02") else masked
+        expected = dense if dumps.index(dump) < pruned else masked
         assert relative_error(expected, run(step, feed)) < 1e-5
 
 
@@ -124,8 +125,8 @@ def test_long_chains() -> None:
     net = Net()
     a = net.conv(net.input("x", ["N", 4, 6, 6]), (4, 8))
     for _ in range(1500):
-        a = net.op("Relu", a)
+        a = net.op("Sigmoid", a)
     net.output(net.conv(a, (8, 4)))
     proto = net.build()
     result = run_passes(io.to_graph(proto), pipeline(random_plan(proto)))
-    assert len(result.nodes) == 1501
+    assert len(result.nodes) == 1502
