@@ -391,6 +391,7 @@ def test_ctrl_c_ends_without_a_traceback(tmp_path: Path) -> None:
 import os, signal, time
 import tetris_onnx.planner
 from tetris_onnx.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
 def interrupted(*args):
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(60)

@@ -18,6 +18,7 @@ SCRIPT = """
 import os, signal, sys, tempfile, time
 import tetris_onnx.planner
 from tetris_onnx.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
 def instead(*args):
     {body}
 tetris_onnx.planner.inspect = instead
