@@ -58,12 +58,21 @@ def test_not_where_there_is_no_winograd(window: dict) -> None:
 def test_the_changes_of_layout_have_to_pay() -> None:
     assert whole(chain((3,)), machine=DEAR) == []
     # Three in a row share the two changes at their ends.
-    of_three = replace(AVX512, reorder=(400_000.0, 0.0))  # half a millisecond is won by each
+    alike = {"fork": (0.0, 0.0), "serial": (0.0, 0.0)}  # with any number of threads
+    of_three = replace(AVX512, reorder=(400_000.0, 0.0), **alike)  # half a millisecond is won by each
     assert whole(chain((3,)), machine=of_three) == []
     assert whole(chain((3, 3, 3)), machine=of_three) == ["conv2", "conv3", "conv4"]
     # One that wins nothing by itself goes along where it saves two changes.
     assert whole(chain((3, 1, 3)), machine=of_three) == ["conv2", "conv3", "conv4"]
     assert whole(chain((3, 1, 3)), machine=FREE) == ["conv2", "conv4"]
+
+
+def test_a_layer_kept_whole_does_not_lose_with_two_threads() -> None:
+    machine = replace(AVX512, fork=(0.0, 1e6))  # a second thread costs our operator a millisecond
+    assert whole(chain((3,))) == ["conv2"] and whole(chain((3,)), machine=machine) == []
+    assert whole(chain((3,)), replace(WHOLE, threads=2), machine) == []
+    pruned = chosen(chain((3,)), Config(sparsity=0.6), machine)["conv2"]
+    assert not pruned.why_dense, "this one is asked for, and for one thread"
 
 
 def test_pruned_layers_go_dense_where_changes_of_layout_cost_more_than_they_win() -> None:

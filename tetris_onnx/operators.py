@@ -179,4 +179,9 @@ def _seconds(candidate: Candidate) -> tuple[float, float] | None:
     if predicted is None:
         return None
     dense, ours = predicted
+    if candidate.why_dense and candidate.threads == 1:
+        # Nobody asks for such a layer, and one thread is only a guess: it must not lose with two.
+        with_two = replace(candidate, threads=2).predict(1.0)
+        assert with_two is not None
+        ours = max(ours, dense * with_two[1] / with_two[0])
     return 1e-3 * ours / worth, math.inf if candidate.required and not candidate.why_dense else 1e-3 * dense
