@@ -25,6 +25,7 @@ from onnx import helper, numpy_helper, shape_inference
 
 from tetris_onnx.calibration import Samples, batches, count, model_inputs
 from tetris_onnx.graph.outputs import before_squashing
+from tetris_onnx.graph.tensors import in_files
 from tetris_onnx.session import SessionError, open_session, run
 
 _BATCH = 8
@@ -45,9 +46,9 @@ def measure_influence(
     """The influence of ``layers``, (name of the output, axis of its channels), of a prepared ``model`` by their names.
 
     ``draws``: random signs per sample. Layers whose way to the outputs has an operator without a known derivative
-    are left out. Deterministic for a seed.
+    are left out, and all of a model above 1 GB or with its weights in files, which cannot be held several times. Deterministic for a seed.
     """
-    if model.ByteSize() > _MOST_BYTES:
+    if in_files(model) or model.ByteSize() > _MOST_BYTES:
         return {}
     inputs = model_inputs(model)
     try:
