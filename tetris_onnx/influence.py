@@ -46,7 +46,8 @@ def measure_influence(
     """The influence of ``layers``, (name of the output, axis of its channels), of a prepared ``model`` by their names.
 
     ``draws``: random signs per sample. Layers whose way to the outputs has an operator without a known derivative
-    are left out, and all of a model above 1 GB or with its weights in files, which cannot be held several times. Deterministic for a seed.
+    are left out, and all of a model above 1 GB or with its weights in files, which cannot be held several times.
+    Deterministic for a seed.
     """
     if in_files(model) or model.ByteSize() > _MOST_BYTES:
         return {}
