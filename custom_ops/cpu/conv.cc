@@ -766,7 +766,7 @@ struct ConvKernel::Work {
             copy_rows(out, from, start, {1, count, 0, count, 0, 1});
           } else if (as_is && inner == 1) {
             copy_rows(out, from, start, {1, row_end - row_begin, 0, row_end - row_begin, 0, stride});
-          } else if (plan.input[1] == 1 && plan.output[1] == 1) {
+          } else if (plan.input[1] == 1 && plan.output[1] == 1 && tap.middle.begin < tap.middle.end) {
             fill_rows(out, from, start, row_end - row_begin, stride * inner_input, tap.inner);
           } else {
             for (int64_t q = row_begin; q < row_end; ++q, start += stride * inner_input, out += inner) {

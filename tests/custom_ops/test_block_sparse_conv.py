@@ -98,6 +98,14 @@ def test_map_sizes_3x3(
     check(models.random_op(rng, (20, 19, 3, 3), (8, 8), strides=strides, pads=pads), random_input(rng, 1, 19, *size))
 
 
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 1, 2), (1, 2, 1), (2, 1, 7), (1, 1, 20)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_map_sizes_3x3x3(isa: str, rng: np.random.Generator, size: tuple[int, int, int], stride: int) -> None:
+    # Along an axis of length 1, taps of the kernel see padding only.
+    op = models.random_op(rng, (20, 19, 3, 3, 3), (8, 8), pads=[1] * 6, strides=[stride] * 3)
+    check(op, random_input(rng, 2, 19, *size))
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 2), (7, 7), (14, 14), (5, 31), (16, 16), (29, 31)])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_map_sizes_1x1(isa: str, rng: np.random.Generator, size: tuple[int, int], threads: int) -> None:
