@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,16 @@ def test_an_npz_gives_one_array_per_input(tmp_path: Path) -> None:
     assert list(samples) == ["x", "tokens"]
     np.testing.assert_array_equal(samples["x"], images())
     assert count(samples, [IMAGE, TOKENS]) == 5
+
+
+@pytest.mark.parametrize("name", ["x", "label"])
+def test_a_member_that_is_no_array_is_refused(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "d.npz", **({} if name == "x" else {"x": images()}))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(f"{name}.npy", b"no header")
+    with pytest.raises(CalibrationError, match=f"d.npz: not an .npz .*'{name}' is no array"):
+        load_samples(path, [IMAGE])
+        load_labels(path, [IMAGE])
 
 
 def test_an_npy_is_the_only_input(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from onnx import numpy_helper
 
 from tetris_onnx import Config, optimize, planner, recovery
 from tetris_onnx.activations import Activations, Seen
-from tetris_onnx.calibration import CalibrationError
+from tetris_onnx.calibration import CalibrationError, Data
 from tetris_onnx.config import ConfigError, LayerRule
 from tetris_onnx.graph import io
 from tetris_onnx.graph.layers import find_layers
@@ -182,6 +182,12 @@ def test_calibration_that_does_not_fit_is_one_clear_line(tmp_path: Path) -> None
     np.savez(tmp_path / "wrong.npz", image=inputs(4, seed=1))
     with pytest.raises(CalibrationError, match="no array 'x'; found image"):
         optimize(network(), CONFIG, calibration=tmp_path / "wrong.npz")
+
+
+def test_samples_too_large_to_compute_with_are_one_clear_line() -> None:
+    x = np.full_like(inputs(8, 0), 1e30)
+    with pytest.raises(CalibrationError, match="too large to compute with"):
+        optimize(network(), Config(sparsity=0.5, block_size=(8, 8)), calibration=Data("samples", {"x": x}))
 
 
 def test_progress_counts_the_layers(calibration: Path) -> None:

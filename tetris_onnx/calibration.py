@@ -253,6 +253,9 @@ def _read(path: Path, wanted: Sequence[str]) -> Iterator[tuple[Path, list[str], 
                 with content:
                     found = list(content)
                     arrays = {name: content[name] for name in wanted if name in found}
+                    for name, array in arrays.items():
+                        if not isinstance(array, np.ndarray):  # np.load gives the bytes of a member without a header
+                            raise ValueError(f"{name!r} is no array")
         except Exception as error:  # np.load raises many types for broken or hostile files
             why = "pickled objects are not read" if "pickle" in str(error) else error
             raise CalibrationError(f"{file}: not an .npz or .npy file of numbers ({why})") from None

@@ -21,7 +21,7 @@ from tetris_onnx.activations import Activations, Seen
 from tetris_onnx.algorithms.blocks import keep_count
 from tetris_onnx.algorithms.error_search import search, support
 from tetris_onnx.algorithms.refit import LayerSamples
-from tetris_onnx.calibration import Samples
+from tetris_onnx.calibration import CalibrationError, Samples
 from tetris_onnx.config import Config
 from tetris_onnx.graph import io
 from tetris_onnx.graph.channels import ChannelAxis, find_region
@@ -301,6 +301,8 @@ def _choose(
     else:
         single = seen.saliency() if by_error(config) else seen.activation()
         scores = single.reshape(*layer.weight_shape[:2], -1).sum(axis=2)
+        if not np.isfinite(scores.sum(dtype=np.float64)):
+            raise CalibrationError(f"layer {layer.name!r}: its inputs on the samples are too large to compute with")
     axes = free_axes(candidate, config)
     found = search_order(scores, block, sparsity, axes, config.reorder, config.seed)
     out_perm, in_perm = found.perms
