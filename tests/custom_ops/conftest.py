@@ -41,7 +41,7 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, rng: np
 def amx(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     """The emulator of AMX, for the op library to find; skips the test where it cannot be built."""
     library = tmp_path_factory.mktemp("amx") / "libamx_emulator.so"
-    flags = ["-std=c++17", "-O3", "-march=native", "-shared", "-fPIC"]
+    flags = ["-std=c++17", "-O3", "-march=x86-64-v3", "-shared", "-fPIC"]
     flags += os.environ.get("TETRIS_ONNX_TEST_CXXFLAGS", "").split()  # run_sanitizers.sh
     source = Path(__file__).with_name("amx_emulator.cc")
     compiler = os.environ.get("CXX", "c++")

@@ -62,6 +62,14 @@ class TestLoad:
         with pytest.raises(ModelError, match=message):
             io.load(tmp_path / name)
 
+    def test_a_value_of_a_type_that_graphs_do_not_hold(self) -> None:
+        model = small().build()
+        model.graph.value_info.add(
+            name=model.graph.node[0].output[0]
+        ).type.optional_type.elem_type.tensor_type.elem_type = 1
+        with pytest.raises(ModelError, match="'conv1' is of a type that cannot be rewritten"):
+            io.to_graph(model)
+
     def test_a_model_that_breaks_the_rules(self, tmp_path: Path) -> None:
         net = small()
         net.nodes[-1].input[0] = "nowhere"

@@ -47,6 +47,13 @@ def test_of_each_node() -> None:
     assert reads_plain(first, 16) and not any(reads_plain(node, 16) for node in others)
 
 
+def test_a_convolution_of_no_groups_is_not_blocked() -> None:
+    graph = prepare(io.to_graph(network().build()))
+    conv = next(node for node in graph.nodes if node.op == "Conv")
+    conv.attrs["group"] = 0
+    assert layout_of(conv, 16) is Layout.PLAIN
+
+
 def test_onnxruntime_does_so(tmp_path: Path) -> None:
     """No change of layout where none is expected: at the HardSwish, which its layout does not have, and at no other."""
     options = onnxruntime.SessionOptions()

@@ -308,6 +308,10 @@ def to_graph(model: onnx.ModelProto) -> gs.Graph:
     shapes = infer_shapes(model)
     for name, tensor in tensors.items():
         if isinstance(tensor, gs.Variable):
+            if isinstance(tensor.dtype, onnx.TypeProto):  # which onnx-graphsurgeon reads and cannot write
+                raise ModelError(
+                    f"value {name!r} is of a type that cannot be rewritten (an optional, a map or the like)"
+                )
             if name in shapes:
                 tensor.dtype, tensor.shape = shapes[name][0], list(shapes[name][1])
                 size = math.prod(d for d in tensor.shape if isinstance(d, int)) * tensor.dtype.itemsize

@@ -81,8 +81,8 @@ def _is_blocked(conv: gs.Node, channels: int) -> bool:
     if not isinstance(weight, gs.Constant) or weight_type(weight) != "float32":
         return False
     out, in_ = weight.shape[:2]
-    if groups == 1:
-        return True
+    if groups <= 1:
+        return groups == 1
     depthwise = in_ == 1 and out == groups
     return out % channels == 0 and (depthwise or (in_ % channels == 0 and out // groups % channels == 0))
 
