@@ -22,6 +22,7 @@ import typer
 from tetris_onnx.cli_options import (
     Bgr,
     BlockSize,
+    Calibration,
     Gathers,
     ImageSize,
     Importance,
@@ -43,7 +44,7 @@ from tetris_onnx.config import (
     ALLOCATIONS,
     MEASURED_IMPORTANCES,
     Config,
-    load_config,
+    load_config_with,
     parse_block_size,
 )
 from tetris_onnx.contain import contained
@@ -164,10 +165,7 @@ def optimize(
         typer.Option(help="Apply a plan saved by --save-plan instead of searching for one."),
     ] = None,
     block_size: BlockSize = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help=".npz or folder of images, unlabeled: layers are refitted to what they see."),
-    ] = None,
+    calibration: Calibration = None,
     data: Annotated[
         Path | None,
         typer.Option(help=".npz or folder of images, with labels: measure the accuracy before and after."),
@@ -512,8 +510,7 @@ def _config(
         "speedup": speedup,
         "precision": precision,
     }
-    base = Config() if path is None else load_config(path)
-    return replace(base, **{name: value for name, value in values.items() if value is not None})  # type: ignore[arg-type]
+    return load_config_with(path, values)
 
 
 def _with_accuracy(

@@ -55,3 +55,6 @@ Gathers = Annotated[
     str | None,
     typer.Option(metavar="|".join(GATHERS), help="What becomes of the channel reorderings.", show_default="absorb"),
 ]
+Calibration = Annotated[
+    Path | None, typer.Option(help=".npz or folder of images, unlabeled: layers are refitted to what they see.")
+]

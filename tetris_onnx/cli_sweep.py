@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tetris_onnx.cli_options import Bgr, ImageSize, Json, Layout, Mean, Model, Precision, Scale, Std, Threads
-from tetris_onnx.config import ALLOCATIONS, IMPORTANCES, REORDERS, Config, load_config
+from tetris_onnx.cli_options import (
+    Bgr,
+    Calibration,
+    ImageSize,
+    Importance,
+    Json,
+    Layout,
+    Mean,
+    Model,
+    Precision,
+    Reorder,
+    Scale,
+    Std,
+    Threads,
+)
+from tetris_onnx.config import ALLOCATIONS, load_config_with
 from tetris_onnx.image_options import parse_image_options
 from tetris_onnx.terminal import open_console, print_json, show_progress
 from tetris_onnx.usage import read_data
@@ -27,9 +40,7 @@ def sweep(
     sparsity: Annotated[str, typer.Option(metavar="FIRST:LAST:STEP", help="Or a list: 0.5,0.7.")] = "0.3:0.9:0.1",
     block_size: Annotated[str, typer.Option(metavar="N,...", help="Out x in channels of a block: 16,32x64.")] = "32",
     config: Annotated[Path | None, typer.Option(help="TOML file with all other options.")] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help=".npz or folder of images, unlabeled: layers are refitted to what they see.")
-    ] = None,
+    calibration: Calibration = None,
     data: Annotated[
         Path | None, typer.Option(help=".npz or folder of images to compare on; with labels, by accuracy.")
     ] = None,
@@ -43,12 +54,8 @@ def sweep(
         str | None, typer.Option(metavar="|".join(ALLOCATIONS[:2]), help="See optimize.", show_default="uniform")
     ] = None,
     precision: Precision = None,
-    reorder: Annotated[
-        str | None, typer.Option(metavar="|".join(REORDERS), help="See optimize.", show_default="exact")
-    ] = None,
-    importance: Annotated[
-        str | None, typer.Option(metavar="|".join(IMPORTANCES), help="See optimize.", show_default="auto")
-    ] = None,
+    reorder: Reorder = None,
+    importance: Importance = None,
     seed: Annotated[int | None, typer.Option(help="Of the searches.", show_default="0")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Searches at a time.", show_default="one per core")] = None,
     scheduler: Annotated[
@@ -68,8 +75,7 @@ def sweep(
         "seed": seed,
         "threads": threads,
     }
-    base = Config() if config is None else load_config(config)
-    chosen = replace(base, **{name: value for name, value in values.items() if value is not None})  # type: ignore[arg-type]
+    chosen = load_config_with(config, values)
 
     from tetris_onnx.sweep import grid, parse_block_sizes, parse_sparsities
     from tetris_onnx.sweep import sweep as run_sweep

@@ -23,7 +23,7 @@ import math
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -185,6 +185,12 @@ def parse_block_size(text: str) -> tuple[int, int]:
     size = int(match[1]), int(match[2] or match[1])
     _check_block_size("block_size", size)
     return size
+
+
+def load_config_with(path: Path | None, values: Mapping[str, Any]) -> Config:
+    """The options of a file, or the defaults, with those of ``values`` that are not None on top. As `load_config`."""
+    base = Config() if path is None else load_config(path)
+    return replace(base, **{name: value for name, value in values.items() if value is not None})
 
 
 def load_config(path: str | Path) -> Config:

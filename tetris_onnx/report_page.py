@@ -26,6 +26,7 @@ from tetris_onnx.report import (
     percent,
     sort_keys,
     summary,
+    threads_text,
     total_ms,
 )
 
@@ -81,7 +82,7 @@ def to_html(report: Report, maps: Mapping[str, Heatmap] | None = None) -> str:
         summary=summary(report),
         columns=[COLUMNS[i] for i in known],
         rows=[(row, [values[i] for i in known]) for row, values in table],
-        charts=_charts(report.layers),
+        charts=_charts(report.layers, report.threads),
         figures=_figures(report.layers, maps or {}),
     )
 
@@ -116,7 +117,8 @@ def _cards(report: Report) -> list[_Card]:
     return cards
 
 
-def _charts(layers: Sequence[LayerReport]) -> list[_Chart]:
+def _charts(layers: Sequence[LayerReport], threads: int) -> list[_Chart]:
+    times = f"ms of a run on {threads_text(threads)}: dense, and as it is now"
     charts = [
         _chart("Density", "share of the weights that is kept", layers, lambda row: (1.0, row.density), percent, 1.0),
         _chart(
@@ -126,13 +128,9 @@ def _charts(layers: Sequence[LayerReport]) -> list[_Chart]:
             lambda row: None if row.output_error is None else (0.0, row.output_error),
             "{:.2g}".format,
         ),
+        _chart("Measured time", times, layers, lambda row: row.measured_ms, "{:.3g} ms".format),
+        _chart("Predicted time", times, layers, lambda row: row.predicted_ms, "{:.3g} ms".format),
     ]
-    for title, note, times in (
-        ("Measured time", "ms of a run: dense, and as it is now", [row.measured_ms for row in layers]),
-        ("Predicted time", "ms of a run: dense, and as it is now", [row.predicted_ms for row in layers]),
-    ):
-        of = dict(zip((id(row) for row in layers), times, strict=True))
-        charts.append(_chart(title, note, layers, lambda row, of=of: of[id(row)], "{:.3g} ms".format))  # type: ignore[misc]
     return [chart for chart in charts if chart.bars]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tetris_onnx.algorithms.blocks import block_sums, expand_keep
+from tetris_onnx.algorithms.blocks import block_sums, expand_keep, group_capacities
 
 # The shares of the cells below and above the scale: a few extreme weights would leave all else alike.
 _CLIPPED = 0.01, 0.995
@@ -63,10 +63,8 @@ def _cell(n: int, block: int, limit: int) -> int:
 
 
 def _means(values: NDArray, size: tuple[int, int]) -> NDArray[np.float64]:
-    counts = block_sums(np.ones((values.shape[0], 1)), (size[0], 1)) * block_sums(
-        np.ones((1, values.shape[1])), (1, size[1])
-    )
-    return block_sums(values, size) / counts
+    lengths = (group_capacities(n, s) for n, s in zip(values.shape, size, strict=True))
+    return block_sums(values, size) / np.multiply.outer(*lengths)
 
 
 def _levels(means: NDArray[np.float64], scale: tuple[float, float]) -> NDArray[np.uint8]:

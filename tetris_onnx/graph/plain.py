@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from onnx import inliner, numpy_helper
 
 from tetris_onnx.graph.layers import DOMAIN
+from tetris_onnx.graph.tensors import all_graphs, bodies_of
 
 _LAYERS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 
@@ -26,10 +27,10 @@ def plain_form(model: onnx.ModelProto) -> onnx.ModelProto:
     inlined = _functions_to_inline(model)
     if inlined:
         model = inliner.inline_selected_functions(model, sorted(inlined))
-    if any(graph.sparse_initializer for graph in _graphs(model.graph)):
+    if any(graph.sparse_initializer for graph in all_graphs(model.graph)):
         dense = onnx.ModelProto()
         dense.CopyFrom(model)
-        for graph in _graphs(dense.graph):
+        for graph in all_graphs(dense.graph):
             graph.initializer.extend(
                 numpy_helper.from_array(_dense(t), t.values.name) for t in graph.sparse_initializer
             )
@@ -61,23 +62,8 @@ def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
     """The nodes and those of their subgraphs."""
     for node in nodes:
         yield node
-        for graph in _bodies(node):
+        for graph in bodies_of(node):
             yield from _nodes(graph.node)
-
-
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """The graph and all subgraphs."""
-    yield graph
-    for node in graph.node:
-        for body in _bodies(node):
-            yield from _graphs(body)
-
-
-def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        if attribute.type == onnx.AttributeProto.GRAPH:
-            yield attribute.g
-        yield from attribute.graphs
 
 
 def _dense(tensor: onnx.SparseTensorProto) -> NDArray:

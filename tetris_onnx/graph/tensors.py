@@ -86,6 +86,22 @@ def all_tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
             yield from _attribute_tensors(attribute)
 
 
+def bodies_of(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The subgraphs of a node."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """The graph and all subgraphs."""
+    yield graph
+    for node in graph.node:
+        for body in bodies_of(node):
+            yield from all_graphs(body)
+
+
 def stored_bytes(tensor: TensorProto) -> int:
     """How many bytes the values of a tensor take. Raises `ModelError` for a type or sizes that cannot be."""
     _check_type(tensor.data_type, f"tensor {tensor.name!r}")
@@ -133,7 +149,7 @@ def check_tensors(model: onnx.ModelProto) -> None:
                 f"tensor {tensor.name!r} of sizes {_listing(tensor.dims)} holds {found} {unit}, not {expected}: "
                 "the file is damaged"
             )
-    for graph in _graphs(model.graph):
+    for graph in all_graphs(model.graph):
         for sparse in graph.sparse_initializer:
             if any(d < 0 for d in sparse.dims) or math.prod(sparse.dims) > _MOST_SPARSE:
                 raise ModelError(
@@ -143,7 +159,7 @@ def check_tensors(model: onnx.ModelProto) -> None:
 
 def check_types(model: onnx.ModelProto) -> None:
     """Raise `ModelError` for a value declared to hold elements of a type that ONNX does not have."""
-    for graph in _graphs(model.graph):
+    for graph in all_graphs(model.graph):
         for value in (*graph.input, *graph.output, *graph.value_info):
             kind = value.type
             while kind.HasField("sequence_type") or kind.HasField("optional_type"):
@@ -339,7 +355,7 @@ def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _graph_tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
-    for part in _graphs(graph):
+    for part in all_graphs(graph):
         yield from part.initializer
         for sparse in part.sparse_initializer:
             yield from (sparse.values, sparse.indices)
@@ -348,20 +364,12 @@ def _graph_tensors(graph: onnx.GraphProto) -> Iterator[TensorProto]:
                 yield from _attribute_tensors(attribute)
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from _graphs(inner)
-
-
 def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[TensorProto]:
     for node in nodes:
         for attribute in node.attribute:
             yield from _attribute_tensors(attribute)
-            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from _graph_tensors(inner)
+        for body in bodies_of(node):
+            yield from _graph_tensors(body)
 
 
 def _attribute_tensors(attribute: onnx.AttributeProto) -> Iterator[TensorProto]:

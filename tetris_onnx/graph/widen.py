@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from tetris_onnx.graph.tensors import TensorFile, is_external, read_tensor
+from tetris_onnx.graph.tensors import TensorFile, bodies_of, is_external, read_tensor
 
 # With half a unit in the last place of each: numbers of 11 and of 8 bits.
 _HALF_TYPES = {TensorProto.FLOAT16: 2.0**-11, TensorProto.BFLOAT16: 2.0**-8}
@@ -50,8 +50,8 @@ def _constants(graph: onnx.GraphProto) -> Iterator[TensorProto]:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.TENSOR:
                 yield attribute.t
-            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                yield from _constants(inner)
+        for body in bodies_of(node):
+            yield from _constants(body)
 
 
 def _widen_graph(graph: onnx.GraphProto) -> None:
@@ -71,8 +71,8 @@ def _widen_nodes(nodes: Iterable[onnx.NodeProto]) -> None:
                 attribute.i = TensorProto.FLOAT
             if attribute.type == onnx.AttributeProto.TENSOR:
                 _widen_tensor(attribute.t)
-            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-                _widen_graph(inner)
+        for body in bodies_of(node):
+            _widen_graph(body)
 
 
 def _widen_tensor(tensor: TensorProto) -> None:
