@@ -18,6 +18,9 @@ constexpr int64_t kPackElements = 4096;
 constexpr int64_t kPackPart = 256;
 // Floats after the packed weights that prefetches may name.
 constexpr size_t kPrefetchPadding = 8192;
+// Vectors of samples in a strip, and lanes of a vector, at most.
+constexpr int64_t kStripVectors = 3;
+constexpr int64_t kMostLanes = 16;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -42,6 +45,17 @@ GemmKernel::GemmKernel(const BlockSparseWeight& weight, Activation activation, c
   bool identity = true;
   for (int64_t i = 0; i < inputs_; ++i) identity = identity && weight.input_perm[i] == i;
   if (identity) input_perm_.clear();
+  position_.resize(static_cast<size_t>(inputs_));
+  const int64_t channels_per_block = elements_per_block_ * kernels.packed;
+  for (int64_t i = 0; i < inputs_; ++i) {
+    const int64_t position = i / block_inputs_ * channels_per_block + i % block_inputs_;
+    position_[static_cast<size_t>(weight.input_perm[i])] = position;
+  }
+  for (int64_t position = 0; position < elements_ * kernels.packed; ++position) {
+    const int64_t in_block = position % channels_per_block;
+    const bool there = in_block < block_inputs_ && position / channels_per_block * block_inputs_ + in_block < inputs_;
+    if (!there) empty_positions_.push_back(position);
+  }
 
   const std::vector<int64_t> begins = weight.row_begins();
   const int64_t lanes = kernels.lanes, widest = lanes * kernels.gemm_vectors;
@@ -119,11 +133,14 @@ GemmKernel::GemmKernel(const BlockSparseWeight& weight, Activation activation, c
                    [this](size_t a, size_t b) { return block_rows_[a].columns > block_rows_[b].columns; });
 }
 
-// Packs the elements [begin, end) of a sample into to[0], to[stride], ...
-void GemmKernel::pack(const float* x, const Quantization* quantized, int64_t begin, int64_t end, int64_t stride,
-                      float* to) const {
+// Packs the elements [begin, end) of a sample.
+void GemmKernel::pack(const float* x, const Quantization* quantized, int64_t begin, int64_t end, float* to) const {
   const int64_t packed = kernels_.packed;
-  float values[kPackPart * kMostPacked], elements[kPackPart];
+  if (packed == 1) {
+    for (int64_t e = begin; e < end; ++e) *to++ = x[input_perm_.empty() ? e : input_perm_[static_cast<size_t>(e)]];
+    return;
+  }
+  float values[kPackPart * kMostPacked];
   for (int64_t part = begin; part < end; part += kPackPart) {
     const int64_t count = std::min(kPackPart, end - part);
     float* value = values;
@@ -135,19 +152,45 @@ void GemmKernel::pack(const float* x, const Quantization* quantized, int64_t beg
         *value++ = !there ? 0.0F : x[input_perm_.empty() ? j : input_perm_[static_cast<size_t>(j)]];
       }
     }
-    const float* from = values;
-    if (packed > 1) {
-      PackedRows rows{};
-      for (int64_t k = 0; k < packed; ++k) rows.from[k] = values + k;
-      if (quantized != nullptr) rows.quantized = *quantized;
-      kernels_.pack_rows(elements, rows, {1, count, 0, count, 0, packed});
-      from = elements;
-    }
-    for (int64_t e = 0; e < count; ++e) to[(part - begin + e) * stride] = from[e];
+    PackedRows rows{};
+    for (int64_t k = 0; k < packed; ++k) rows.from[k] = values + k;
+    if (quantized != nullptr) rows.quantized = *quantized;
+    kernels_.pack_rows(to + part - begin, rows, {1, count, 0, count, 0, packed});
   }
 }
 
-// One round of sample tiles: pack them, [element][sample] each ([sample][element] for TileKernels), then multiply.
+// Packs up to a vector of samples, as columns. `channels` is space for other precisions than float32; `quantized` is that
+// of all lanes.
+void GemmKernel::pack_columns(const float* x, int64_t samples, const Quantization* quantized, float* channels, float* to,
+                              int64_t pitch) const {
+  for (const int64_t position : empty_positions_) {
+    std::fill_n(channels + position * kernels_.lanes, kernels_.lanes, 0.0F);
+  }
+  kernels_.pack_strip({x, static_cast<int>(samples), inputs_, position_.data(), to, pitch, channels, elements_, quantized});
+}
+
+GemmTile GemmKernel::tile_of(const BlockRow& block_row, const Panel& panel) const {
+  GemmTile tile{};
+  tile.runs = runs_.data() + block_row.run_begin;
+  tile.run_count = static_cast<int64_t>(block_row.run_end - block_row.run_begin);
+  tile.weight = weight_.data() + panel.weight;
+  tile.bias = terms_.bias.data() + panel.bias;
+  tile.sample_stride = outputs_;
+  tile.row_index = output_perm_.data() + panel.row;
+  tile.contiguous = panel.contiguous;
+  tile.valid_rows = panel.valid_rows;
+  tile.vectors = panel.vectors;
+  tile.low = activation_.low;
+  tile.high = activation_.high;
+  if (kernels_.precision == Precision::kInt8) {
+    tile.row_scale = terms_.scale.data() + panel.bias;
+    tile.row_sum = terms_.sum.data() + panel.bias;
+  }
+  return tile;
+}
+
+// One round of sample tiles: pack them, [element][sample] each, the samples filled up to whole vectors ([sample][element]
+// for TileKernels), then multiply.
 struct GemmKernel::Work {
   const GemmKernel& kernel;
   const float* x;
@@ -155,33 +198,40 @@ struct GemmKernel::Work {
   bool uses_tiles;
   int64_t samples, tiles, tiles_per_item;
   float* packed;  // or null: one sample, read in place
-  Quantization* quantized;        // of each sample (kInt8)
-  int64_t survey_items = 0;       // samples of which it has to be found
+  float* channels;          // of each tile: what StripPack needs
+  Quantization* quantized;  // of each sample (kInt8), and as many as a vector has after them
+  int64_t survey_items = 0;  // samples of which it has to be found
   int64_t groups = 1, prepare_items = 0, compute_items = 0;
 
+  // Of a packed tile. One that is read or packed as it is has no gaps.
+  int64_t pitch() const { return in_columns() ? ceil_div(kernel.kernels_.gemm_samples, lanes()) * lanes() : 1; }
+  int64_t lanes() const { return kernel.kernels_.lanes; }
+  bool in_columns() const { return !uses_tiles && samples > 1; }
   int64_t first_sample(int64_t tile) const {
     return uses_tiles ? std::min(samples, tile * kSamplesOfTiles) : samples * tile / tiles;
   }
   int64_t group_of(int64_t) const { return 0; }
 
   void survey(int64_t sample) {
-    Range range;
-    kernel.kernels_.find_range(x + sample * kernel.inputs_, kernel.inputs_, &range.low, &range.high);
-    quantized[sample] = quantization_of(range);
+    quantized[sample] = kernel.quantize(x + sample * kernel.inputs_);
   }
   void finish_survey() {}
 
   void prepare(int64_t, int64_t item) {
     const int64_t tile = item % tiles, first = first_sample(tile), count = first_sample(tile + 1) - first;
-    const int64_t begin = item / tiles * kPackElements, end = std::min(begin + kPackElements, kernel.elements_);
-    for (int64_t s = 0; s < count; ++s) {
-      if (uses_tiles) {
-        kernel.pack(x + (first + s) * kernel.inputs_, quantized == nullptr ? nullptr : quantized + first + s, begin, end, 1,
-                    packed + (first + s) * kernel.elements_ + begin);
-        continue;
+    if (in_columns()) {
+      float* space = channels + tile * kernel.elements_ * kernel.kernels_.packed * lanes();
+      for (int64_t s = 0; s < count; s += lanes()) {
+        kernel.pack_columns(x + (first + s) * kernel.inputs_, std::min(lanes(), count - s),
+                            quantized == nullptr ? nullptr : quantized + first + s, space,
+                            packed + tile * kernel.elements_ * pitch() + s, pitch());
       }
-      kernel.pack(x + (first + s) * kernel.inputs_, quantized == nullptr ? nullptr : quantized + first + s, begin, end,
-                  count, packed + first * kernel.elements_ + begin * count + s);
+      return;
+    }
+    const int64_t begin = item / tiles * kPackElements, end = std::min(begin + kPackElements, kernel.elements_);
+    for (int64_t s = first; s < first + count; ++s) {
+      kernel.pack(x + s * kernel.inputs_, quantized == nullptr ? nullptr : quantized + s, begin, end,
+                  packed + s * kernel.elements_ + begin);
     }
   }
 
@@ -190,30 +240,14 @@ struct GemmKernel::Work {
     const BlockRow& block_row = kernel.block_rows_[kernel.heaviest_first_[static_cast<size_t>(item % rows)]];
     const int64_t begin = item / rows * tiles_per_item, end = std::min(begin + tiles_per_item, tiles);
     const TilesInUse tiles_in_use(uses_tiles ? kernel.kernels_.tiles : nullptr, kernel.shape_);
-    GemmTile call{};
-    call.x_stride = kernel.elements_;
-    call.runs = kernel.runs_.data() + block_row.run_begin;
-    call.run_count = static_cast<int64_t>(block_row.run_end - block_row.run_begin);
-    call.sample_stride = kernel.outputs_;
-    call.low = kernel.activation_.low;
-    call.high = kernel.activation_.high;
     for (size_t p = block_row.panel_begin; p < block_row.panel_end; ++p) {
-      const Panel& panel = kernel.panels_[p];
-      call.weight = kernel.weight_.data() + panel.weight;
-      call.bias = kernel.terms_.bias.data() + panel.bias;
-      call.row_index = kernel.output_perm_.data() + panel.row;
-      call.contiguous = panel.contiguous;
-      call.valid_rows = panel.valid_rows;
-      call.vectors = panel.vectors;
+      GemmTile call = kernel.tile_of(block_row, kernel.panels_[p]);
+      call.x_stride = uses_tiles ? kernel.elements_ : pitch();
       for (int64_t tile = begin; tile < end; ++tile) {
         const int64_t first = first_sample(tile);
-        call.x = packed == nullptr ? x + first * kernel.inputs_ : packed + first * kernel.elements_;
+        call.x = packed == nullptr ? x : packed + (in_columns() ? tile * pitch() : first) * kernel.elements_;
         call.y = y + first * kernel.outputs_;
-        if (quantized != nullptr) {
-          call.quantized = quantized + first;
-          call.row_scale = kernel.terms_.scale.data() + panel.bias;
-          call.row_sum = kernel.terms_.sum.data() + panel.bias;
-        }
+        if (quantized != nullptr) call.quantized = quantized + first;
         call.samples = static_cast<int>(first_sample(tile + 1) - first);
         if (uses_tiles) {
           kernel.kernels_.tiles->gemm_tile(call, kernel.shape_);
@@ -225,31 +259,169 @@ struct GemmKernel::Work {
   }
 };
 
+// Many samples: an item is a strip, all outputs of up to three vectors of samples, in memory of the thread that takes it.
+// The last one also has the rest of the samples, a few, while a block row's weights are near.
+struct GemmKernel::Strips {
+  const GemmKernel& kernel;
+  const float* x;
+  int64_t samples;
+  float* y;
+  Division division;
+  int64_t survey_items = 0, groups = 1, prepare_items = 0, compute_items = 0;
+
+  int64_t group_of(int64_t) const { return 0; }
+  void survey(int64_t) {}
+  void finish_survey() {}
+  void prepare(int64_t, int64_t) {}
+
+  struct Samples {
+    int64_t first, count;
+    float* panel;  // packed
+    int64_t pitch;
+    Quantization quantized[kStripVectors * kMostLanes];
+  };
+
+  void pack(Samples& part, float* channels) const {
+    const int64_t lanes = kernel.kernels_.lanes;
+    std::fill(std::begin(part.quantized), std::end(part.quantized), Quantization{1.0F, 1.0F, 0});
+    for (int64_t s = 0; s < part.count; s += lanes) {
+      const float* from = x + (part.first + s) * kernel.inputs_;
+      const int64_t count = std::min(lanes, part.count - s);
+      if (kernel.kernels_.precision == Precision::kInt8) {
+        for (int64_t k = 0; k < count; ++k) part.quantized[s + k] = kernel.quantize(from + k * kernel.inputs_);
+      }
+      kernel.pack_columns(from, count, part.quantized + s, channels, part.panel + s, part.pitch);
+    }
+  }
+
+  void compute(int64_t item) const {
+    const KernelSet& kernels = kernel.kernels_;
+    const int64_t lanes = kernels.lanes, elements = kernel.elements_;
+    const int64_t begin = division.vectors * item / compute_items, end = division.vectors * (item + 1) / compute_items;
+    Samples strip{}, rest{};
+    strip.first = begin * lanes;
+    strip.pitch = (end - begin) * lanes;
+    strip.count = std::min(strip.pitch, samples - strip.first);
+    rest.first = samples - division.rest;
+    rest.pitch = lanes;
+    rest.count = item + 1 == compute_items ? division.rest : 0;
+    const int64_t sizes[] = {checked_product(elements, strip.pitch), checked_product(kernel.outputs_, strip.pitch),
+                             checked_product(elements, rest.count == 0 ? 0 : rest.pitch),
+                             kernels.packed == 1 ? 0 : checked_product(elements, kernels.packed * lanes)};
+    strip.panel = thread_scratch<Strips>(static_cast<size_t>(std::accumulate(sizes, sizes + 4, int64_t{0})));
+    float* const sums = strip.panel + sizes[0];
+    rest.panel = sums + sizes[1];
+    float* const channels = rest.panel + sizes[2];
+    pack(strip, channels);
+    if (rest.count > 0) pack(rest, channels);
+
+    float x_scale[kStripVectors * kMostLanes];
+    int32_t zero_point[kStripVectors * kMostLanes];
+    for (int64_t s = 0; s < strip.pitch; ++s) {
+      x_scale[s] = strip.quantized[s].scale;
+      zero_point[s] = strip.quantized[s].zero_point;
+    }
+    for (const BlockRow& block_row : kernel.block_rows_) {
+      for (size_t p = block_row.panel_begin; p < block_row.panel_end; ++p) {
+        GemmTile few = kernel.tile_of(block_row, kernel.panels_[p]);
+        const int width = few.vectors * kernels.lanes;
+        for (int row = 0; row < few.valid_rows; row += kernels.strip_rows) {
+          GemmStrip call{};
+          call.x = strip.panel;
+          call.runs = few.runs;
+          call.run_count = few.run_count;
+          call.weight = few.weight + row;
+          call.weight_stride = width;
+          call.bias = few.bias + row;
+          call.y = sums;
+          call.row_index = few.row_index + row;
+          call.valid_rows = few.valid_rows - row;
+          call.rows = std::min(kernels.strip_rows, width);
+          call.vectors = static_cast<int>(end - begin);
+          call.low = few.low;
+          call.high = few.high;
+          if (few.row_scale != nullptr) {
+            call.row_scale = few.row_scale + row;
+            call.row_sum = few.row_sum + row;
+            call.x_scale = x_scale;
+            call.zero_point = zero_point;
+          }
+          kernels.gemm_strip(call);
+        }
+        if (rest.count > 0) {
+          few.x = rest.panel;
+          few.x_stride = rest.pitch;
+          few.y = y + rest.first * kernel.outputs_;
+          few.samples = static_cast<int>(rest.count);
+          few.quantized = rest.quantized;
+          kernels.gemm_tile(few);
+        }
+      }
+    }
+    for (int64_t s = 0; s < strip.count; s += lanes) {
+      kernels.unpack_strip({sums + s, strip.pitch, static_cast<int>(std::min(lanes, strip.count - s)), kernel.outputs_,
+                            y + (strip.first + s) * kernel.outputs_});
+    }
+  }
+};
+
+Quantization GemmKernel::quantize(const float* sample) const {
+  if (input_quantization_) return *input_quantization_;
+  Range range;
+  kernels_.find_range(sample, inputs_, &range.low, &range.high);
+  return quantization_of(range);
+}
+
+GemmKernel::Division GemmKernel::divide(int64_t samples) const {
+  if (kernels_.tiles != nullptr || samples <= kernels_.gemm_samples) return {0, samples};
+  const int64_t rest = samples % kernels_.lanes, vectors = samples / kernels_.lanes;
+  if (rest > kernels_.gemm_samples) return {vectors + 1, 0};
+  // A single sample is added up in another order, which would make its result depend on how many others there are: one is
+  // computed twice instead.
+  return {vectors, rest == 1 ? 2 : rest};
+}
+
 void GemmKernel::run(const float* x, int64_t samples, float* y, const ThreadPool& pool) const {
   const int64_t rows = static_cast<int64_t>(block_rows_.size());
   if (samples == 0 || rows == 0) return;
+  const int64_t threads = threads_.count();
+  const Division division = divide(samples);
+  // With fewer strips than threads, the block rows are divided among them instead.
+  if (division.vectors >= threads) {
+    Strips strips{*this, x, samples, y, division};
+    strips.compute_items = std::min(division.vectors,
+                                    ceil_div(ceil_div(division.vectors, kStripVectors), threads) * threads);
+    threads_.saw(run_work(pool, strips, threads));
+    return;
+  }
   const int64_t largest = std::max<int64_t>(
       kernels_.gemm_samples, kRoundBytes / (std::max<int64_t>(elements_, 1) * static_cast<int64_t>(sizeof(float))));
   std::vector<Quantization> quantized;
   if (kernels_.precision == Precision::kInt8) {
-    quantized.assign(static_cast<size_t>(samples), input_quantization_.value_or(Quantization{}));
+    quantized.assign(static_cast<size_t>(samples + kernels_.lanes), input_quantization_.value_or(Quantization{}));
   }
   for (int64_t done = 0; done < samples;) {
     const int64_t count = std::min(largest, samples - done);
     const bool tiles = uses_tiles(count);
     const int64_t at_a_time = tiles ? kSamplesOfTiles : kernels_.gemm_samples;
     Work work{*this,   x + done * inputs_, y + done * outputs_, tiles, count, ceil_div(count, at_a_time), 1,
-              nullptr, quantized.empty() ? nullptr : quantized.data() + done};
-    if (count > 1 || !input_perm_.empty() || kernels_.packed > 1) {
+              nullptr, nullptr, quantized.empty() ? nullptr : quantized.data() + done};
+    if (work.in_columns()) {
+      const int64_t size = checked_product(work.tiles * work.pitch(), elements_);
+      const int64_t channels = kernels_.packed == 1 ? 0 : checked_product(work.tiles * work.lanes() * kernels_.packed, elements_);
+      work.packed = thread_scratch<GemmKernel>(static_cast<size_t>(size + channels));
+      work.channels = work.packed + size;
+      work.prepare_items = work.tiles;
+    } else if (tiles || !input_perm_.empty() || kernels_.packed > 1) {
       const int64_t rows_read = tiles ? ceil_div(count, kTileSize) * kTileSize : count;
       work.packed = thread_scratch<GemmKernel>(static_cast<size_t>(checked_product(rows_read, elements_)));
       work.prepare_items = work.tiles * ceil_div(elements_, kPackElements);
     }
     if (!quantized.empty() && !input_quantization_) work.survey_items = count;
-    const int64_t items = threads_.count() * kItemsPerThread;
+    const int64_t items = threads * kItemsPerThread;
     work.tiles_per_item = std::clamp<int64_t>(work.tiles * rows / items, 1, kTilesPerItem);
     work.compute_items = rows * ceil_div(work.tiles, work.tiles_per_item);
-    threads_.saw(run_work(pool, work, threads_.count()));
+    threads_.saw(run_work(pool, work, threads));
     done += count;
   }
 }

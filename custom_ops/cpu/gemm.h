@@ -28,8 +28,20 @@ class GemmKernel {
 
  private:
   struct Work;
+  struct Strips;
+  struct Panel;
+  struct BlockRow;
+  // How many samples are computed how: vectors of them in strips, the rest as the few of a small product are.
+  struct Division {
+    int64_t vectors, rest;
+  };
+  Division divide(int64_t samples) const;
+  GemmTile tile_of(const BlockRow& block_row, const Panel& panel) const;
   bool uses_tiles(int64_t samples) const { return kernels_.tiles != nullptr && samples >= kTileSize; }
-  void pack(const float* x, const Quantization* quantized, int64_t begin, int64_t end, int64_t stride, float* to) const;
+  Quantization quantize(const float* sample) const;
+  void pack(const float* x, const Quantization* quantized, int64_t begin, int64_t end, float* to) const;
+  void pack_columns(const float* x, int64_t samples, const Quantization* quantized, float* channels, float* to,
+                    int64_t pitch) const;
   // Output rows that one call of the kernel computes together: vectors * lanes of them, padded.
   struct Panel {
     int64_t row;  // first, in reordered order
@@ -54,6 +66,8 @@ class GemmKernel {
   std::vector<Panel> panels_;
   std::vector<int64_t> input_perm_;  // empty if it is the identity
   std::vector<int64_t> output_perm_;
+  std::vector<int64_t> position_;         // of each input among the packed channels
+  std::vector<int64_t> empty_positions_;  // that only fill up elements
   Buffer weight_;  // [block row][panel][kept element][row]
   RowTerms terms_;  // [panel][row]
   std::optional<Quantization> input_quantization_;

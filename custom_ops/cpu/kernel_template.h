@@ -10,10 +10,12 @@
 //   expand(bits) -> Mask, load_masked(p, mask) (touches no masked-out float, gives 0 there),
 //   mask_input(x, mask) and fma_masked(w, x, acc, mask): together acc + w * x in the lanes of the mask, acc elsewhere
 //   (an instruction set masks either the input, once per load, or, with kMasksMultiplication, the multiplication),
+//   transpose(m), of kLanes vectors: lane i of vector j becomes lane j of vector i;
 //   copy_rows(to, from, copy): see RowCopy; kExtraPixel, kTailPixels and, if it is not 0, RowVec, a vector of kConvRows lanes, with
 //   row_load, row_store, row_add, row_fma(a, b, c) = a * b + c for a number a; RowSum like Sum.
 // With kBFloat16 and kInt8 the "numbers" that are multiplied are elements of several channels (Precision), and
-// pack_rows stands for copy_rows; mask_input gets the element that stands for zeros, as `outside`.
+// pack_rows stands for copy_rows, beside converter(quantized), which turns kPacked vectors of a value of each sample into one
+// of elements; mask_input gets the element that stands for zeros, as `outside`.
 // Everything is in an unnamed namespace and no standard library template is used: see kernels.h.
 //
 // Convolution: vectors run over flattened output pixels, so NCHW tensors are read and written as they are. A tile's
@@ -46,7 +48,6 @@ namespace {
 
 // How far ahead of their use the packed weights are fetched, in floats (the packed weights are padded by more).
 constexpr int64_t kConvPrefetch = 2304;
-constexpr int64_t kGemmPrefetch = 1024;
 
 TETRIS_INLINE typename V::Vec clip(typename V::Vec v, typename V::Vec low, typename V::Vec high) {
   return V::min(high, V::max(low, v));
@@ -431,116 +432,10 @@ void conv_tile(const ConvTile& tile) {
   conv_tile_vectors<1>(tile);
 }
 
-// What the sums of sample s and the outputs from `first` on start with, and the numbers that they stand for.
-template <class Traits>
-TETRIS_INLINE typename Traits::Sum gemm_start(const GemmTile& tile, int s, int first) {
-  if constexpr (Traits::kPrecision == Precision::kInt8) {
-    return Traits::sum_start(tile.row_sum + first, tile.quantized[s].zero_point);
-  } else {
-    return Traits::load(tile.bias + first);
-  }
-}
-
-template <class Traits>
-TETRIS_INLINE typename Traits::Vec gemm_finish(const GemmTile& tile, int s, int first, typename Traits::Sum sum) {
-  if constexpr (Traits::kPrecision == Precision::kInt8) {
-    const auto scale = Traits::mul(Traits::set1(tile.quantized[s].scale), Traits::load(tile.row_scale + first));
-    return Traits::to_float(sum, scale, Traits::load(tile.bias + first));
-  } else {
-    return sum;
-  }
-}
-
-template <int Samples, int Vectors>
-void gemm_tile_impl(const GemmTile& tile) {
-  using Vec = typename V::Vec;
-  constexpr int kWidth = Vectors * V::kLanes;
-  // A single sample has too few accumulators to hide the latency of an addition: four channels at a time.
-  constexpr int kUnroll = Samples == 1 ? 4 : 1;
-  typename V::Sum acc[kUnroll][Samples][Vectors];
-  TETRIS_UNROLL
-  for (int u = 0; u < kUnroll; ++u) {
-    TETRIS_UNROLL
-    for (int s = 0; s < Samples; ++s) {
-      TETRIS_UNROLL
-      for (int v = 0; v < Vectors; ++v) {
-        acc[u][s][v] = u == 0 ? gemm_start<V>(tile, s, v * V::kLanes) : typename V::Sum{};
-      }
-    }
-  }
-  const float* w = tile.weight;
-  TETRIS_NO_UNROLL
-  for (int64_t run = 0; run < tile.run_count; ++run) {
-    const float* x = tile.x + tile.runs[run].begin * Samples;
-    const int64_t count = tile.runs[run].count;
-    int64_t i = 0;
-    TETRIS_NO_UNROLL
-    for (; i + kUnroll <= count; i += kUnroll) {
-      TETRIS_UNROLL
-      for (int u = 0; u < kUnroll; ++u) {
-        Vec weight[Vectors];
-        TETRIS_UNROLL
-        for (int v = 0; v < Vectors; ++v) {
-          if (v * V::kLanes % 16 == 0) TETRIS_PREFETCH_L1(w + kGemmPrefetch + u * kWidth + v * V::kLanes);
-          weight[v] = V::load(w + u * kWidth + v * V::kLanes);
-        }
-        TETRIS_UNROLL
-        for (int s = 0; s < Samples; ++s) {
-          const Vec in = V::set1(x[u * Samples + s]);
-          TETRIS_UNROLL
-          for (int v = 0; v < Vectors; ++v) acc[u][s][v] = V::fma(weight[v], in, acc[u][s][v]);
-        }
-      }
-      x += kUnroll * Samples;
-      w += kUnroll * kWidth;
-    }
-    if constexpr (kUnroll > 1) {
-      TETRIS_NO_UNROLL
-      for (; i < count; ++i) {
-        TETRIS_UNROLL
-        for (int v = 0; v < Vectors; ++v) acc[0][0][v] = V::fma(V::load(w + v * V::kLanes), V::set1(*x), acc[0][0][v]);
-        x += 1;
-        w += kWidth;
-      }
-    }
-  }
-  const Vec low = V::set1(tile.low), high = V::set1(tile.high);
-  TETRIS_UNROLL
-  for (int s = 0; s < Samples; ++s) {
-    float out[kWidth];
-    TETRIS_UNROLL
-    for (int v = 0; v < Vectors; ++v) {
-      typename V::Sum sum = acc[0][s][v];
-      TETRIS_UNROLL
-      for (int u = 1; u < kUnroll; ++u) sum = V::add(sum, acc[u][s][v]);
-      V::store(out + v * V::kLanes, clip(gemm_finish<V>(tile, s, v * V::kLanes, sum), low, high));
-    }
-    float* y = tile.y + s * tile.sample_stride;
-    if (tile.contiguous) {
-      y += tile.row_index[0];
-      for (int o = 0; o < tile.valid_rows; ++o) y[o] = out[o];
-    } else {
-      TETRIS_NO_UNROLL
-      for (int o = 0; o < tile.valid_rows; ++o) y[tile.row_index[o]] = out[o];
-    }
-  }
-}
-
-// Calls the kernel for tile.samples, found by counting down from the largest.
-template <int Samples>
-void gemm_tile_samples(const GemmTile& tile) {
-  if constexpr (Samples > 1) {
-    if (tile.samples != Samples) return gemm_tile_samples<Samples - 1>(tile);
-  }
-  if (tile.vectors == V::kGemmVectors) return gemm_tile_impl<Samples, V::kGemmVectors>(tile);
-  gemm_tile_impl<Samples, 1>(tile);
-}
-
-void gemm_tile(const GemmTile& tile) { gemm_tile_samples<V::kGemmSamples>(tile); }
-
 }  // namespace
 }  // namespace tetris
 
+#include "gemm_template.h"
 #include "winograd_template.h"
 
 namespace tetris {
@@ -616,8 +511,12 @@ constexpr KernelSet make_kernel_set(const char* name) {
   set.extra_pixel = Traits::kExtraPixel;
   set.gemm_samples = Traits::kGemmSamples;
   set.gemm_vectors = Traits::kGemmVectors;
+  set.strip_rows = Traits::kConvRows;
   set.conv_tile = conv_tile<Traits>;
   set.gemm_tile = gemm_tile;
+  set.gemm_strip = gemm_strip<Traits>;
+  set.pack_strip = pack_strip<Traits>;
+  set.unpack_strip = unpack_strip;
   set.pool_rows = pool_rows;
   if constexpr (Traits::kPrecision == Precision::kFloat32) {
     set.copy_rows = Traits::copy_rows;

@@ -80,7 +80,7 @@ struct Run {
 //   y[s][row_index[o]] = clip(bias[o] + sum over the runs' i of weight[i][o] * x[i][s], low, high)
 // Elements and kInt8 as in ConvTile.
 struct GemmTile {
-  const float* x;  // [input channel][samples]
+  const float* x;  // [input channel][x_stride]
   const Run* runs;
   int64_t run_count;
   const float* weight;  // [kept channel][vectors * lanes]
@@ -96,7 +96,52 @@ struct GemmTile {
   const float* row_scale;         // kInt8 only, as the next two; [vectors * lanes]
   const int32_t* row_sum;         // [vectors * lanes]
   const Quantization* quantized;  // [samples]
-  int64_t x_stride;               // TileKernels only
+  int64_t x_stride;               // at least `samples`; of a single sample 1
+};
+
+// A strip of a matrix product with many samples: `rows` output channels x `vectors` vectors of samples.
+//   y[row_index[r]][s] = clip(bias[r] + sum over the runs' i of weight[i][r] * x[i][s], low, high)
+// Elements and kInt8 as in ConvTile, but that each sample has a scale and a zero point.
+struct GemmStrip {
+  const float* x;  // [input channel][vectors * lanes]
+  const Run* runs;
+  int64_t run_count;
+  const float* weight;  // [kept channel][weight_stride]
+  int64_t weight_stride;
+  const float* bias;  // [rows]
+  float* y;           // [output channel][vectors * lanes]
+  const int64_t* row_index;
+  int valid_rows;
+  int rows;     // KernelSet::strip_rows; of a panel that is narrower: its width
+  int vectors;  // 1 to 3
+  float low, high;
+  const float* row_scale;     // kInt8 only, as the next three; [rows]
+  const int32_t* row_sum;     // [rows]
+  const float* x_scale;       // [vectors * lanes]
+  const int32_t* zero_point;  // [vectors * lanes]
+};
+
+// Turns rows of X, one a sample and at most a vector of them, into columns: to[position[c]][s] = from[s][c]; lanes without
+// a sample get zeros. The other precisions round and pack the channels, of which the ones that no c is at have to be set.
+struct StripPack {
+  const float* from;  // [samples][inputs]
+  int samples;
+  int64_t inputs;
+  const int64_t* position;
+  float* to;  // [element][pitch]
+  int64_t pitch;
+  float* channels;                // of the other precisions only, as the rest: [elements * packed][lanes]
+  int64_t elements;
+  const Quantization* quantized;  // kInt8; [samples]
+};
+
+// And columns into rows: to[s][c] = from[c][s].
+struct StripUnpack {
+  const float* from;  // [outputs][pitch]
+  int64_t pitch;
+  int samples;
+  int64_t outputs;
+  float* to;  // [samples][outputs]
 };
 
 // Copies rows: to[r * width + before + i] = from[r * from_stride + i * stride] for i < count, zeros elsewhere in the
@@ -200,8 +245,12 @@ struct KernelSet {
   int tail_pixels;   // 0: no kTail; at most kMostTailPixels
   bool extra_pixel;  // whether there is ConvTile::extra
   int gemm_samples, gemm_vectors;
+  int strip_rows;  // strips have up to 3 vectors
   void (*conv_tile)(const ConvTile& tile);
   void (*gemm_tile)(const GemmTile& tile);
+  void (*gemm_strip)(const GemmStrip& strip);
+  void (*pack_strip)(const StripPack& pack);
+  void (*unpack_strip)(const StripUnpack& unpack);
   void (*copy_rows)(float* to, const float* from, const RowCopy& copy);  // kFloat32 only
   void (*split_rows)(const RowSplit& split);                                 // likewise
   // As copy_rows, for the other precisions: rounds and packs; what is outside is the element that stands for zeros.

@@ -52,6 +52,24 @@ struct V {
     const Vec rotated = _mm256_permutevar8x32_ps(a, _mm256_setr_epi32(1, 2, 3, 4, 5, 6, 7, 0));
     return _mm256_blend_ps(rotated, set1(x), 0x80);
   }
+  static void transpose(Vec (&m)[kLanes]) {
+    Vec t[kLanes];
+    // Within the halves of the vectors: 4 x 4 numbers of four rows, then the halves themselves.
+    for (int i = 0; i < 8; i += 4) {
+      const __m256d low = _mm256_castps_pd(_mm256_unpacklo_ps(m[i], m[i + 1]));
+      const __m256d high = _mm256_castps_pd(_mm256_unpackhi_ps(m[i], m[i + 1]));
+      const __m256d low_2 = _mm256_castps_pd(_mm256_unpacklo_ps(m[i + 2], m[i + 3]));
+      const __m256d high_2 = _mm256_castps_pd(_mm256_unpackhi_ps(m[i + 2], m[i + 3]));
+      t[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, low_2));
+      t[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, low_2));
+      t[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(high, high_2));
+      t[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(high, high_2));
+    }
+    for (int i = 0; i < 4; ++i) {
+      m[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
+      m[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+    }
+  }
   static void copy_rows(float* to, const float* from, const RowCopy& copy) {
     for (int64_t r = 0; r < copy.rows; ++r, to += copy.width, from += copy.from_stride) {
       float* out = to + copy.before;

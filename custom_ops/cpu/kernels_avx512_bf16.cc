@@ -16,14 +16,17 @@ struct V : Avx512 {
     return _mm256_dpbf16_ps(c, (__m256bh)_mm256_set1_ps(a), (__m256bh)b);
   }
 
-  static void pack_rows(float* to, const PackedRows& rows, const RowCopy& copy) {
+  static auto converter(const Quantization*) {
     // The halves of two vectors, interleaved.
     alignas(64) static constexpr uint16_t kPairs[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                                         8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __m512i order = _mm512_load_si512(kPairs);
-    pack_vectors<kPacked>(to, rows, copy, [order](const Vec(&x)[kPacked]) {
-      return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(x[1], x[0]));
-    });
+    return [order](const Vec(&x)[kPacked]) {
+      return (Vec)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(x[1], x[0]));
+    };
+  }
+  static void pack_rows(float* to, const PackedRows& rows, const RowCopy& copy) {
+    pack_vectors<kPacked>(to, rows, copy, converter(nullptr));
   }
 
  private:

@@ -48,21 +48,35 @@ struct V : Avx512 {
     return _mm256_fmadd_ps(_mm256_cvtepi32_ps((__m256i)sum), scale, c);
   }
 
+  // Vectors of four channels to one of bytes: the numbers, what to multiply them by, their zero points.
+  static Vec bytes(const Vec (&x)[kPacked], Vec inverse, __m512i zero_point) {
+    // Limited before the conversion, for which a number may be too large. In this order a NaN becomes a number.
+    const Vec low = _mm512_cvtepi32_ps(_mm512_sub_epi32(_mm512_setzero_si512(), zero_point));
+    const Vec high = _mm512_add_ps(low, set1(255.0F));
+    auto byte = [&](Vec v) {
+      const Vec scaled = _mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(v, inverse), low), high);
+      return _mm512_add_epi32(_mm512_cvtps_epi32(scaled), zero_point);
+    };
+    const __m512i lower = _mm512_or_si512(byte(x[0]), _mm512_slli_epi32(byte(x[1]), 8));
+    const __m512i upper = _mm512_or_si512(byte(x[2]), _mm512_slli_epi32(byte(x[3]), 8));
+    return _mm512_castsi512_ps(_mm512_or_si512(lower, _mm512_slli_epi32(upper, 16)));
+  }
+  // Every lane is a sample, with its own quantization.
+  static auto converter(const Quantization* quantized) {
+    float inverses[16];
+    int32_t zero_points[16];
+    for (int s = 0; s < 16; ++s) {
+      inverses[s] = quantized[s].inverse;
+      zero_points[s] = quantized[s].zero_point;
+    }
+    const Vec inverse = load(inverses);
+    const __m512i zero_point = _mm512_loadu_si512(zero_points);
+    return [=](const Vec(&x)[kPacked]) { return bytes(x, inverse, zero_point); };
+  }
   static void pack_rows(float* to, const PackedRows& rows, const RowCopy& copy) {
     const Vec inverse = _mm512_set1_ps(rows.quantized.inverse);
     const __m512i zero_point = _mm512_set1_epi32(rows.quantized.zero_point);
-    // Limited before the conversion, for which a number may be too large. In this order a NaN becomes a number.
-    const Vec low = _mm512_set1_ps(static_cast<float>(-rows.quantized.zero_point));
-    const Vec high = _mm512_set1_ps(static_cast<float>(255 - rows.quantized.zero_point));
-    auto byte = [=](Vec x) {
-      const Vec scaled = _mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(x, inverse), low), high);
-      return _mm512_add_epi32(_mm512_cvtps_epi32(scaled), zero_point);
-    };
-    pack_vectors<kPacked>(to, rows, copy, [=](const Vec(&x)[kPacked]) {
-      const __m512i lower = _mm512_or_si512(byte(x[0]), _mm512_slli_epi32(byte(x[1]), 8));
-      const __m512i upper = _mm512_or_si512(byte(x[2]), _mm512_slli_epi32(byte(x[3]), 8));
-      return _mm512_or_si512(lower, _mm512_slli_epi32(upper, 16));
-    });
+    pack_vectors<kPacked>(to, rows, copy, [=](const Vec(&x)[kPacked]) { return bytes(x, inverse, zero_point); });
   }
 
   static void find_range(const float* x, int64_t count, float* low, float* high) {

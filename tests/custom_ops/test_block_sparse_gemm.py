@@ -29,7 +29,7 @@ def random_input(rng: np.random.Generator, *shape: int) -> models.Array:
 
 
 @pytest.mark.parametrize("permuted", [True, False])
-@pytest.mark.parametrize("samples", [1, 2, 3, 5, 7, 12, 13, 25, 100])
+@pytest.mark.parametrize("samples", [1, 2, 3, 5, 7, 12, 13, 16, 17, 25, 64, 100, 197])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_samples(isa: str, rng: np.random.Generator, samples: int, permuted: bool, threads: int) -> None:
     op = models.random_op(rng, (131, 173), (32, 32), permuted=permuted, activation_min=0.0)
@@ -43,8 +43,33 @@ def test_block_sizes(isa: str, rng: np.random.Generator, rows: int, columns: int
     check(models.random_op(rng, (67, 71), (rows, columns)), random_input(rng, samples, 71))
 
 
+@pytest.mark.parametrize("columns", [3, 16, 64])
+@pytest.mark.parametrize("rows", [1, 4, 12, 16, 20, 32, 48, 64])
+def test_block_sizes_of_strips(isa: str, rng: np.random.Generator, rows: int, columns: int) -> None:
+    check(models.random_op(rng, (67, 71), (rows, columns)), random_input(rng, 51, 71))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1), (15, 17), (16, 16), (33, 31)])
+@pytest.mark.parametrize("samples", [33, 513])
+def test_small_weights_with_many_samples(
+    isa: str, rng: np.random.Generator, samples: int, shape: tuple[int, int]
+) -> None:
+    check(models.random_op(rng, shape, (8, 8)), random_input(rng, samples, shape[1]), threads=2)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_result_does_not_depend_on_how_many_samples_there_are(isa: str, rng: np.random.Generator, threads: int) -> None:
+    # Whether a sample is computed in a strip or with a few others, it is added up in the same order; but a single one,
+    # which has all registers to itself.
+    op = models.random_op(rng, (70, 90), (32, 16), 0.5)
+    x = random_input(rng, 200, 90)
+    y = models.run(op, x)
+    for samples in (2, 11, 14, 16, 17, 31, 33, 65, 129, 199):
+        np.testing.assert_array_equal(models.run(op, x[:samples], threads), y[:samples])
+
+
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("samples", [1, 3, 50])
 @pytest.mark.parametrize("density", [0.0, "one", 0.1, 1.0])
 def test_density(isa: str, rng: np.random.Generator, density: float | str, samples: int, bias: bool) -> None:
     op = models.random_op(rng, (48, 100), (16, 8), density, bias=bias, activation_min=-1.0, activation_max=1.5)
@@ -62,10 +87,11 @@ def test_large(isa: str, rng: np.random.Generator, samples: int) -> None:
     check(models.random_op(rng, (70, 5000), (32, 32), 0.2), random_input(rng, samples, 5000), threads=2)
 
 
-def test_nan_reaches_exactly_the_outputs_that_use_it(isa: str, rng: np.random.Generator) -> None:
+@pytest.mark.parametrize("samples", [3, 38])
+def test_nan_reaches_exactly_the_outputs_that_use_it(isa: str, rng: np.random.Generator, samples: int) -> None:
     op = models.random_op(rng, (24, 20), (8, 4), 0.5, activation_min=0.0)
-    x = random_input(rng, 3, 20)
-    x[1, 7] = np.nan
+    x = random_input(rng, samples, 20)
+    x[1, 7] = x[samples - 1, 3] = np.nan
     uses = op.expected(np.nan_to_num(x, nan=1e6)) != op.expected(np.nan_to_num(x, nan=-1e6))
     y = models.run(op, x)
     np.testing.assert_array_equal(np.isnan(y), uses)

@@ -300,7 +300,7 @@ def test_same_result_with_any_number_of_threads(precision: str, rng: np.random.G
 
 
 @pytest.mark.parametrize("permuted", [True, False])
-@pytest.mark.parametrize("samples", [1, 2, 7, 12, 13, 100])
+@pytest.mark.parametrize("samples", [1, 2, 7, 12, 13, 32, 81, 100])
 @pytest.mark.parametrize("block_size", [(32, 32), (5, 7), (40, 1)])
 def test_products(
     precision: str, rng: np.random.Generator, samples: int, permuted: bool, block_size: tuple[int, int]
