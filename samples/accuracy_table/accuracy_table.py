@@ -12,71 +12,74 @@ So the rows of one sparsity and one recovery show what blocks cost against singl
 
     python samples/accuracy_table/accuracy_table.py -o table.csv
     python samples/accuracy_table/accuracy_table.py model.onnx --calibration images.npz --data labeled.npz -o table.csv
+
+Rows that the file holds are not made again: stop the program whenever you like, and start it again to go on.
 """
 
 from __future__ import annotations
 
-import csv
 import glob
-import os
-import platform
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import typer
 from numpy.typing import NDArray
 from rich.progress import track
+from tables import Table, TableError, fingerprint
 
 from tetris_onnx import Config, LayerRule, Plan
 from tetris_onnx.activations import Activations
 from tetris_onnx.algorithms.blocks import keep_count, keep_largest
-from tetris_onnx.calibration import Samples, load_samples, model_inputs
+from tetris_onnx.calibration import Data, Samples, count, load_samples, model_inputs
 from tetris_onnx.compare import compare
 from tetris_onnx.graph import io
+from tetris_onnx.images import load_data
 from tetris_onnx.optimize import masked_dense
 from tetris_onnx.passes import NewWeights
-from tetris_onnx.planner import Candidate, make_plan, prepare, survey
-from tetris_onnx.processor import cpu_name
+from tetris_onnx.planner import Candidate, make_plan, match_plan, prepare, survey
 from tetris_onnx.recovery import layer_samples, recover
 
 SAMPLE = Path(__file__).resolve().parents[1] / "fashion_mnist"
-COLUMNS = ["sparsity", "block_size", "reorder", "recovery", "density", "retained", "accuracy", "agreement", "max_error"]
+KEY = ["sparsity", "block_size", "reorder", "recovery"]
+COLUMNS = [*KEY, "density", "retained", "dense_accuracy", "accuracy", "agreement", "max_error", "mean_error"]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table: how to prune. ``block_size`` 0 prunes single weights."""
+    """One row of the table: how to prune. Without a ``block_size`` single weights are."""
 
     sparsity: float
-    block_size: int
+    block_size: int | None
     reorder: str
     recovery: str
 
+    @property
+    def cells(self) -> dict[str, Any]:
+        """Its part of the row."""
+        return asdict(self) | {"block_size": self.block_size or "weights"}
 
-def provenance(seed: int) -> str:
-    """What a table was made with, as its first lines."""
-    libraries = f"numpy {np.__version__}, onnxruntime {onnxruntime.__version__}, Python {platform.python_version()}"
-    command = " ".join(Path(word).name if Path(word).exists() else word for word in sys.argv)
-    return f"# seed {seed}; {cpu_name()}, {os.cpu_count()} cores; {libraries}\n# python {command}\n"
+    def config(self, base: Config) -> Config:
+        """``base`` with what it asks for."""
+        size = self.block_size or 1
+        return replace(base, sparsity=self.sparsity, block_size=(size, size), reorder=self.reorder)
 
 
-def variants(sparsities: list[float], block_sizes: list[int], recoveries: list[str]) -> Iterator[Variant]:
+def variants(sparsities: Sequence[float], block_sizes: Sequence[int], recoveries: Sequence[str]) -> Iterator[Variant]:
     """The rows in their order. Single weights and kernels need no reordering."""
     for sparsity in sparsities:
         for recovery in recoveries:
-            yield Variant(sparsity, 0, "none", recovery)
+            yield Variant(sparsity, None, "none", recovery)
             for size in block_sizes:
                 for reorder in ("none", "exact") if size > 1 else ("none",):
                     yield Variant(sparsity, size, reorder, recovery)
 
 
-def prunable(model: onnx.ModelProto, block_size: int, skip: list[str]) -> Config:
+def prunable(model: onnx.ModelProto, block_size: int, skip: Sequence[str] = ()) -> Config:
     """A config that prunes, whatever its block size, the layers that blocks of ``block_size`` can prune."""
     rules = tuple(LayerRule(pattern, sparsity=0.0) for pattern in skip)
     config = Config(sparsity=0.5, block_size=(block_size, block_size), layers=rules)
@@ -87,18 +90,23 @@ def prunable(model: onnx.ModelProto, block_size: int, skip: list[str]) -> Config
     return Config(layers=(*(LayerRule(glob.escape(name)) for name in names), LayerRule("*", sparsity=0.0)))
 
 
-def prune_blocks(model: onnx.ModelProto, config: Config, samples: Samples | None) -> tuple[onnx.ModelProto, float]:
-    """(the model with pruned weights, share of the importance retained)."""
+def prune_blocks(
+    model: onnx.ModelProto, config: Config, samples: Samples | None, plan: Plan | None = None
+) -> tuple[onnx.ModelProto, float, Plan]:
+    """(the model with pruned weights, share of the importance retained, the plan: that which is given, if one is)."""
     graph = prepare(io.to_graph(model))
-    candidates = survey(graph, config)
-    if samples is None:
-        plan, rows = make_plan(candidates, config)
-        weights: dict[str, NewWeights] = {}
-    else:
-        found = recover(graph, candidates, io.to_proto(graph, model), config, samples)
+    candidates = survey(graph, config, plan=plan)
+    weights: dict[str, NewWeights] = {}
+    if samples is not None:
+        found = recover(graph, candidates, io.to_proto(graph, model), config, samples, plan)
         plan, rows, weights = found.plan, found.rows, found.weights
+    elif plan is not None:
+        rows = match_plan(candidates, plan, config)
+    else:
+        plan, rows = make_plan(candidates, config)
     share = [(row.retained, row.parameters) for row in rows if row.retained is not None]
-    return masked_dense(model, plan, weights), sum(r * n for r, n in share) / sum(n for _, n in share)
+    retained = sum(r * n for r, n in share) / sum(n for _, n in share)
+    return masked_dense(model, plan, weights), retained, plan
 
 
 def prune_weights(model: onnx.ModelProto, config: Config, samples: Samples | None) -> tuple[onnx.ModelProto, float]:
@@ -140,23 +148,27 @@ def prune_weights(model: onnx.ModelProto, config: Config, samples: Samples | Non
     return masked_dense(model, Plan(()), weights), retained / total
 
 
-def measure(model: onnx.ModelProto, base: Config, variant: Variant, samples: Samples, data: Path) -> dict[str, Any]:
-    """One row of the table."""
-    size = max(variant.block_size, 1)
-    config = replace(base, sparsity=variant.sparsity, block_size=(size, size), reorder=variant.reorder)
-    prune = prune_blocks if variant.block_size else prune_weights
-    result, retained = prune(model, config, samples if variant.recovery == "refit" else None)
-    found = compare(model, result, data)
+def prune(
+    model: onnx.ModelProto, base: Config, variant: Variant, samples: Samples, plan: Plan | None = None
+) -> tuple[onnx.ModelProto, float]:
+    """(the model with pruned weights, share of the importance retained) of one row."""
+    config, given = variant.config(base), samples if variant.recovery == "refit" else None
+    if variant.block_size is None:
+        return prune_weights(model, config, given)
+    return prune_blocks(model, config, given, plan)[:2]
+
+
+def score(model: onnx.ModelProto, pruned: onnx.ModelProto, retained: float, data: Data) -> dict[str, Any]:
+    """The part of a row that says what came out."""
+    found = compare(model, pruned, data)
     return {
-        "sparsity": variant.sparsity,
-        "block_size": variant.block_size or "weights",
-        "reorder": variant.reorder,
-        "recovery": variant.recovery,
-        "density": round(density(model, result), 4),
+        "density": round(density(model, pruned), 4),
         "retained": round(retained, 4),
+        "dense_accuracy": found.accuracy_a,
         "accuracy": found.accuracy_b,
         "agreement": found.agreement,
         "max_error": round(found.relative, 4),
+        "mean_error": round(found.mean_relative, 5),
     }
 
 
@@ -182,17 +194,23 @@ def main(
 ) -> None:
     """Prune a network in blocks of several sizes and write a table of what it costs in accuracy."""
     proto = io.raise_opset(io.load(model))
-    samples = load_samples(calibration, model_inputs(proto))
+    samples, labeled = load_samples(calibration, model_inputs(proto)), load_data(data, model_inputs(proto))
     sizes = [int(size) for size in block_sizes.split(",")]
     base = prunable(proto, max(sizes), skip or [])
     rows = list(variants([float(s) for s in sparsity.split(",")], sizes, recovery.split(",")))
-    with output.open("w", newline="") as file:
-        file.write(provenance(base.seed))
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for variant in track(rows, "pruning", disable=not sys.stderr.isatty()):
-            writer.writerow(measure(proto, base, variant, samples, data))
-            file.flush()
+    try:
+        table = Table(output, COLUMNS, KEY, describe(model.name, proto, samples, labeled), base.seed)
+    except TableError as error:
+        raise typer.BadParameter(str(error)) from None
+    for variant in track(rows, "pruning", disable=not sys.stderr.isatty()):
+        if variant.cells not in table:
+            table.add(variant.cells | score(proto, *prune(proto, base, variant, samples), labeled))
+
+
+def describe(name: str, model: onnx.ModelProto, samples: Samples, data: Data) -> str:
+    """What a table is about, in one line."""
+    calibration, test = (count(each, model_inputs(model)) for each in (samples, data.samples))
+    return f"{name} ({fingerprint(model)}), {calibration} samples to calibrate, {test} to test"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from accuracy_table import provenance
+from tables import provenance
 
 from tetris_onnx import Config
 from tetris_onnx.algorithms.importance import importance

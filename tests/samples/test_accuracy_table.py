@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 from types import ModuleType
 
@@ -12,9 +11,10 @@ import numpy as np
 import onnx
 import onnx.parser
 import pytest
+import typer
 from onnx import numpy_helper
 
-SCRIPT = Path(__file__).parents[2] / "samples" / "accuracy_table" / "accuracy_table.py"
+FOLDER = Path(__file__).parents[2] / "samples" / "accuracy_table"
 TEXT = """
 <ir_version: 8, opset_import: ["" : 17]>
 net (float[N, 3, 8, 8] x) => (float[N, 5] y)
@@ -30,14 +30,10 @@ net (float[N, 3, 8, 8] x) => (float[N, 5] y)
 """
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("accuracy_table", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("accuracy_table")
 
 
 def test_the_table_of_a_small_network(script: ModuleType, tmp_path: Path) -> None:
@@ -50,20 +46,18 @@ def test_the_table_of_a_small_network(script: ModuleType, tmp_path: Path) -> Non
     np.savez(tmp_path / "calibration.npz", x=rng.standard_normal((64, 3, 8, 8)).astype(np.float32))
     x = rng.standard_normal((100, 3, 8, 8)).astype(np.float32)
     np.savez(tmp_path / "test.npz", x=x, label=rng.integers(0, 5, 100))
-    script.main(
-        tmp_path / "model.onnx",
-        tmp_path / "table.csv",
-        tmp_path / "calibration.npz",
-        tmp_path / "test.npz",
-        sparsity="0.5",
-        block_sizes="1,4",
-        recovery="none,refit",
-        skip=None,
-    )
-    with (tmp_path / "table.csv").open() as file:
+    table = tmp_path / "table.csv"
+
+    def run(sizes: str) -> None:
+        files = tmp_path / "model.onnx", table, tmp_path / "calibration.npz", tmp_path / "test.npz"
+        script.main(*files, sparsity="0.5", block_sizes=sizes, recovery="none,refit", skip=None)
+
+    run("1,4")
+    with table.open() as file:
         lines = file.readlines()
     assert lines[0].startswith("# seed 0; ") and lines[1].startswith("# python ")
-    rows = list(csv.DictReader(lines[2:]))
+    assert lines[2].startswith("# model.onnx (") and lines[2].endswith("), 64 samples to calibrate, 100 to test\n")
+    rows = list(csv.DictReader(lines[3:]))
     assert [(r["recovery"], r["block_size"], r["reorder"]) for r in rows] == [
         (recovery, size, reorder)
         for recovery in ("none", "refit")
@@ -76,3 +70,16 @@ def test_the_table_of_a_small_network(script: ModuleType, tmp_path: Path) -> Non
     error = [float(r["max_error"]) for r in rows]
     assert sum(error[4:]) < 0.7 * sum(error[:4]), "refitting brings the outputs back"
     assert all(0 <= float(r["accuracy"]) <= 1 and 0 <= float(r["agreement"]) <= 1 for r in rows)
+
+    # What is there is not made again: a row that was changed stays, one that is missing is added.
+    table.write_text("".join([*lines[:4], lines[4].replace(",0.", ",7.")]))
+    run("4")
+    with table.open() as file:
+        again = file.readlines()
+    assert again[4] == lines[4].replace(",0.", ",7.") != lines[4]
+    assert sorted(again[5:]) == sorted(line for line in lines[5:] if ",4," in line or ",weights," in line)
+
+    model.producer_name = "another"
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(typer.BadParameter, match="holds other results"):
+        run("4")
