@@ -79,15 +79,19 @@ def variants(sparsities: Sequence[float], block_sizes: Sequence[int], recoveries
                     yield Variant(sparsity, size, reorder, recovery)
 
 
-def prunable(model: onnx.ModelProto, block_size: int, skip: Sequence[str] = ()) -> Config:
-    """A config that prunes, whatever its block size, the layers that blocks of ``block_size`` can prune."""
+def prunable(model: onnx.ModelProto, block_size: int, skip: Sequence[str] = (), rates: Config | None = None) -> Config:
+    """A config that prunes, whatever its block size, the layers that blocks of ``block_size`` can prune.
+
+    Their time is not looked at. ``rates``: a config whose sparsities they get, instead of one for all.
+    """
     rules = tuple(LayerRule(pattern, sparsity=0.0) for pattern in skip)
-    config = Config(sparsity=0.5, block_size=(block_size, block_size), layers=rules)
-    layers = [c.layer for c in survey(prepare(io.to_graph(model)), config) if not c.why_dense]
-    if not layers:
+    config = replace(rates or Config(sparsity=0.5), block_size=(block_size, block_size))
+    candidates = survey(prepare(io.to_graph(model)), replace(config, layers=(*rules, *config.layers)))
+    found = [c for c in candidates if not c.why_dense or c.why_dense.startswith("predicted")]
+    if not found:
         raise typer.BadParameter("no layer of this model can be pruned")
-    names = [str(layer.node.name or layer.name) for layer in layers]
-    return Config(layers=(*(LayerRule(glob.escape(name)) for name in names), LayerRule("*", sparsity=0.0)))
+    named = [(str(c.layer.node.name or c.layer.name), c.options.sparsity if rates else None) for c in found]
+    return Config(layers=(*(LayerRule(glob.escape(n), sparsity=s) for n, s in named), LayerRule("*", sparsity=0.0)))
 
 
 def prune_blocks(

@@ -17,7 +17,7 @@ Needs PyTorch 2.5 or newer beside tetris-onnx (``pip install "torch>=2.5"``). On
 
 from __future__ import annotations
 
-import gzip
+import sys
 import time
 from pathlib import Path
 from typing import Annotated
@@ -28,20 +28,13 @@ import typer
 from torch import Tensor, nn
 from torch.nn import functional
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "paper_experiments"))
+from image_data import read_idx
+
 # Where the Debian and Ubuntu package dataset-fashion-mnist puts the four files.
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = 10
 OPSET = 17
-
-
-def read_idx(path: Path) -> np.ndarray:
-    """Read a gzipped IDX file of unsigned bytes (the MNIST format) as an array of the shape that its header gives."""
-    content = gzip.decompress(path.read_bytes())
-    if content[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path} is not an IDX file of unsigned bytes")
-    order = content[3]
-    shape = np.frombuffer(content, dtype=">i4", count=order, offset=4)
-    return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * order).reshape(shape)
 
 
 def load_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -86,11 +79,12 @@ class FashionVGG(nn.Module):
 
 
 def augment(images: Tensor) -> Tensor:
-    """Mirror each image [N, 1, 28, 28] with probability 1/2 and shift the batch by up to two pixels each way."""
+    """Mirror each image [N, C, H, W] with probability 1/2 and shift the batch by up to two pixels each way."""
     mirrored = torch.rand(len(images), 1, 1, 1) < 0.5
     images = torch.where(mirrored, images.flip(3), images)
     top, left = (int(offset) for offset in torch.randint(0, 5, (2,)))
-    return functional.pad(images, (2, 2, 2, 2))[:, :, top : top + 28, left : left + 28]
+    height, width = images.shape[2:]
+    return functional.pad(images, (2, 2, 2, 2))[:, :, top : top + height, left : left + width]
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, batch_size: int, bfloat16: bool) -> None:
@@ -126,11 +120,11 @@ def accuracy(model: nn.Module, images: np.ndarray, labels: np.ndarray) -> float:
     return float((predicted.numpy() == labels).mean())
 
 
-def export(model: nn.Module, path: Path) -> None:
+def export(model: nn.Module, path: Path, shape: tuple[int, ...] = (1, 28, 28)) -> None:
     """Export `model` with a dynamic batch axis, as it is: no constant folding, BatchNormalization in its place."""
     torch.onnx.export(
         model.eval(),
-        (torch.zeros(1, 1, 28, 28),),
+        (torch.zeros(1, *shape),),
         str(path),
         input_names=["image"],
         output_names=["logits"],

@@ -36,14 +36,21 @@ TEMPERATURE = 4.0
 
 
 def load_network(path: Path) -> FashionVGG:
-    """The network with the weights of an export of it: the file's initializers have the module's names."""
-    weights = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in onnx.load(path).graph.initializer}
+    """The sample's network with the weights of an export of it."""
     network = FashionVGG()
-    missing, unexpected = network.load_state_dict(weights, strict=False)
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    if missing or unexpected:
-        raise ValueError(f"{path} is no export of FashionVGG: {[*missing, *unexpected][0]!r} is missing or unknown")
+    load_weights(network, onnx.load(path))
     return network
+
+
+def load_weights(network: nn.Module, model: onnx.ModelProto) -> None:
+    """Give a network the weights of an export of it, where names are kept. Raises ValueError for another network."""
+    weights = {t.name: torch.from_numpy(numpy_helper.to_array(t).copy()) for t in model.graph.initializer}
+    known = network.state_dict()
+    missing = [name for name in known if name not in weights and not name.endswith("num_batches_tracked")]
+    strange = [name for name, value in weights.items() if name not in known or value.shape != known[name].shape]
+    if missing or strange:
+        raise ValueError(f"the model is no export of this network: {[*missing, *strange][0]!r} is missing or differs")
+    network.load_state_dict(weights, strict=False)
 
 
 def fine_tune(
