@@ -153,13 +153,13 @@ def prune_weights(model: onnx.ModelProto, config: Config, samples: Samples | Non
 
 
 def prune(
-    model: onnx.ModelProto, base: Config, variant: Variant, samples: Samples, plan: Plan | None = None
+    model: onnx.ModelProto, base: Config, variant: Variant, samples: Samples | None
 ) -> tuple[onnx.ModelProto, float]:
     """(the model with pruned weights, share of the importance retained) of one row."""
     config, given = variant.config(base), samples if variant.recovery == "refit" else None
     if variant.block_size is None:
         return prune_weights(model, config, given)
-    return prune_blocks(model, config, given, plan)[:2]
+    return prune_blocks(model, config, given)[:2]
 
 
 def score(model: onnx.ModelProto, pruned: onnx.ModelProto, retained: float, data: Data) -> dict[str, Any]:
@@ -211,9 +211,9 @@ def main(
             table.add(variant.cells | score(proto, *prune(proto, base, variant, samples), labeled))
 
 
-def describe(name: str, model: onnx.ModelProto, samples: Samples, data: Data) -> str:
+def describe(name: str, model: onnx.ModelProto, samples: Samples | None, data: Data) -> str:
     """What a table is about, in one line."""
-    calibration, test = (count(each, model_inputs(model)) for each in (samples, data.samples))
+    calibration, test = (count(each, model_inputs(model)) if each else 0 for each in (samples, data.samples))
     return f"{name} ({fingerprint(model)}), {calibration} samples to calibrate, {test} to test"
 
 

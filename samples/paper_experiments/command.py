@@ -46,8 +46,8 @@ class Recipe:
     batch: tuple[int, int] = (32, 128)
 
 
-def image_command(recipe: Recipe, quick_settings: Settings, full_settings: Settings) -> None:
-    """Run the command line of a sample on images."""
+def image_command(recipe: Recipe, fast: Settings) -> None:
+    """Run the command line of a sample on images; ``fast``: the settings of its quick mode."""
 
     def main(
         model: Annotated[Path | None, typer.Option(help="ONNX file; without, one is trained (PyTorch).")] = None,
@@ -69,7 +69,7 @@ def image_command(recipe: Recipe, quick_settings: Settings, full_settings: Setti
         test: Annotated[int, typer.Option(min=1, help="Images to test with, at most.")] = 10000,
     ) -> None:
         chosen = replace(recipe, mean=_floats(mean) or recipe.mean, std=_floats(std) or recipe.std)
-        settings = choose(quick_settings if quick else full_settings, sparsity, block_sizes, recovery)
+        settings = choose(fast if quick else Settings(), sparsity, block_sizes, recovery)
         settings = replace(settings, epochs=retrain_epochs or settings.epochs)
         chosen = replace(chosen, epochs=(epochs or chosen.epochs[0], epochs or chosen.epochs[1]))
         most = (min(calibration, 256), min(training, 5000), min(test, 1000)) if quick else (calibration, training, test)

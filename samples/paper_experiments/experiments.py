@@ -59,7 +59,7 @@ class Subject:
 
     name: str
     model: onnx.ModelProto
-    calibration: Samples
+    calibration: Samples | None
     test: Data  # without labels, only how far the outputs are off can be told
     training: Images | None = None  # what it can be retrained on
     module: Callable[[], nn.Module] | None = None  # makes the PyTorch network that the model is an export of
@@ -68,21 +68,24 @@ class Subject:
 
 @dataclass(frozen=True)
 class Settings:
-    """What to try."""
+    """What to try; by default all that the paper shows."""
 
-    sparsities: tuple[float, ...]
-    block_sizes: tuple[int, ...]
-    recoveries: tuple[str, ...]  # of none, refit, retrain
-    epochs: int  # of retraining
-    speed_sizes: tuple[int, ...]
-    speed_sparsities: tuple[float, ...]
-    seconds: float  # of timing each pair of models
+    sparsities: tuple[float, ...] = (0.5, 0.7, 0.9)
+    block_sizes: tuple[int, ...] = (1, 8, 16, 32, 64)
+    recoveries: tuple[str, ...] = ("none", "refit", "retrain")
+    epochs: int = 3  # of retraining
+    speed_sizes: tuple[int, ...] = (8, 16, 32, 64)
+    speed_sparsities: tuple[float, ...] = (0.5, 0.7, 0.9)
+    seconds: float = 2.0  # of timing each pair of models
 
 
 def run(subject: Subject, settings: Settings, folder: Path, steps: Sequence[str] = STEPS) -> None:
     """Make the tables and plots of ``subject`` in ``folder``, or only some ``steps`` of it."""
     folder.mkdir(parents=True, exist_ok=True)
     base = at.prunable(subject.model, max(settings.block_sizes), rates=subject.rates)
+    if subject.rates is not None:
+        mean = (_mean_sparsity(subject.model, base),)
+        settings = replace(settings, sparsities=mean, speed_sparsities=mean)
     experiment = _Experiment(subject, settings, folder, base)
     if "accuracy" in steps:
         experiment.accuracy()
@@ -238,6 +241,13 @@ class _Experiment:
         values = [*(timing.median_ms for timing in found.timings), found.speedup - less]
         low, high = (each - less for each in found.interval)
         return {name: f"{v:.4g}" for name, v in zip([*names, "low", "high"], [*values, low, high], strict=True)}
+
+
+def _mean_sparsity(model: onnx.ModelProto, config: Config) -> float:
+    """The share of the weights of all pruned layers that the config prunes."""
+    pruned = [c for c in survey(prepare(io.to_graph(model)), config) if not c.why_dense]
+    sizes = [c.layer.weight.size for c in pruned]
+    return round(sum(c.options.sparsity * size for c, size in zip(pruned, sizes, strict=True)) / sum(sizes), 3)
 
 
 def with_weights(model: onnx.ModelProto, network: nn.Module) -> onnx.ModelProto:

@@ -44,20 +44,9 @@ def read(path: Path) -> list[Row]:
 
 
 def _accuracy(rows: Sequence[Row], path: Path, name: str) -> Path:
-    """Accuracy over sparsity, a panel for each recovery."""
-    column, label = _quality(rows)
-    kinds = [kind for kind in _RECOVERIES if any(row["recovery"] == kind for row in rows)]
-    figure, panels = _panels(len(kinds), f"{name}: {label} over sparsity")
-    for axes, kind in zip(panels, kinds, strict=True):
-        own = [row for row in rows if row["recovery"] == kind]
-        for (block, reorder), line in _lines(own, "block_size", "reorder"):
-            points = [(float(row["sparsity"]), _value(row, column)) for row in line]
-            _plot(axes, points, block, reorder)
-        if rows[0]["dense_accuracy"] and column == "accuracy":
-            axes.axhline(100 * float(rows[0]["dense_accuracy"]), color="0.6", linestyle=":", label="dense")
-        axes.set(title=_RECOVERIES[kind], xlabel="sparsity of the pruned layers")
-    panels[0].set_ylabel(label)
-    return _save(figure, panels, path)
+    """Accuracy over sparsity."""
+    sparsities = [float(row["sparsity"]) for row in rows]
+    return _by_recovery(rows, sparsities, f"{name}: {{}} over sparsity", "sparsity of the pruned layers", path)
 
 
 def _speed(rows: Sequence[Row], path: Path, name: str) -> Path:
@@ -82,23 +71,30 @@ def _speed(rows: Sequence[Row], path: Path, name: str) -> Path:
 
 
 def _tradeoff(accuracy: Sequence[Row], speed: Sequence[Row], path: Path, name: str) -> Path:
-    """Accuracy over speed-up (one thread), a panel for each recovery."""
-    column, label = _quality(accuracy)
+    """Accuracy over speed-up, of the first provider and number of threads."""
     key = ("sparsity", "block_size", "reorder")
-    first = min((row["provider"], row["threads"]) for row in speed)
-    times = {tuple(row[k] for k in key): row for row in speed if (row["provider"], row["threads"]) == first}
-    rows = [row for row in accuracy if tuple(row[k] for k in key) in times]
+    place = min((row["provider"], row["threads"]) for row in speed)
+    found = {tuple(row[k] for k in key): row for row in speed if (row["provider"], row["threads"]) == place}
+    rows = [row for row in accuracy if tuple(row[k] for k in key) in found]
+    speedups = [float(found[tuple(row[k] for k in key)]["speedup"]) for row in rows]
+    title = f"{name}: {{}} over speed-up, {_place(*place)}"
+    return _by_recovery(rows, speedups, title, "speed-up over the dense model", path)
+
+
+def _by_recovery(rows: Sequence[Row], x: Sequence[float], title: str, label: str, path: Path) -> Path:
+    """Accuracy (or what stands for it) over ``x``, a panel for each recovery, a line for each block size and order."""
+    column, quality = _quality(rows)
     kinds = [kind for kind in _RECOVERIES if any(row["recovery"] == kind for row in rows)]
-    figure, panels = _panels(max(1, len(kinds)), f"{name}: {label} over speed-up, {_place(*first)}")
+    figure, panels = _panels(max(1, len(kinds)), title.format(quality))
+    place = {id(row): value for row, value in zip(rows, x, strict=True)}
     for axes, kind in zip(panels, kinds, strict=False):
         own = [row for row in rows if row["recovery"] == kind]
         for (block, reorder), line in _lines(own, "block_size", "reorder"):
-            points = [(float(times[tuple(r[k] for k in key)]["speedup"]), _value(r, column)) for r in line]
-            _plot(axes, points, block, reorder)
-        if rows[0]["dense_accuracy"] and column == "accuracy":
+            _plot(axes, [(place[id(row)], 100 * float(row[column])) for row in line], block, reorder)
+        if column == "accuracy":
             axes.axhline(100 * float(rows[0]["dense_accuracy"]), color="0.6", linestyle=":", label="dense")
-        axes.set(title=_RECOVERIES[kind], xlabel="speed-up over the dense model")
-    panels[0].set_ylabel(label)
+        axes.set(title=_RECOVERIES[kind], xlabel=label)
+    panels[0].set_ylabel(quality)
     return _save(figure, panels, path)
 
 
@@ -122,10 +118,6 @@ def _quality(rows: Iterable[Row]) -> tuple[str, str]:
     return ("accuracy", "accuracy, %") if labeled else ("mean_error", "mean output error / max|y|, %")
 
 
-def _value(row: Row, column: str) -> float:
-    return 100 * float(row[column])
-
-
 def _place(provider: str, threads: str) -> str:
     return f"{provider}, {threads} thread{'s' if threads != '1' else ''}"
 
@@ -145,8 +137,7 @@ def _plot(axes: Axes, points: Sequence[tuple[float, float]], block: str, reorder
         axes.plot(*_columns(points), "-s", color="black" if block == "weights" else "0.5", label=label, markersize=4)
         return
     label = f"{block}x{block}, {'reordered' if reorder != 'none' else 'not reordered'}"
-    color = f"C{[2**n for n in range(1, 11)].index(int(block)) % 10}" if int(block) in (8, 16, 32, 64) else None
-    axes.plot(*_columns(points), _STYLES[reorder], color=color, label=label, markersize=4)
+    axes.plot(*_columns(points), _STYLES[reorder], color=f"C{int(block).bit_length() % 10}", label=label, markersize=4)
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
