@@ -41,7 +41,7 @@ _ROWS_PER_FEATURE = 2
 # Layers behind a pruned one that are fitted, on so many samples and rows: a little says enough.
 _BEHIND = 3
 _MOST_BEHIND = 32
-_ROWS_BEHIND = 4096
+_ROWS_BEHIND = 2048
 # The order matters less here than for the result; a few starts do.
 _STARTS: tuple[Start, ...] = ("sorted", "random", "shaken", "shaken")
 _HELD_OUT = 4  # one in so many samples is measured on
