@@ -73,6 +73,27 @@ def test_the_work_is_counted() -> None:
     assert dict(zip(SPARSE_WORK, sparse_work(small, 1.0, (1, 8)), strict=True))["pointwise"] == 3 * 24 * 8 * 32
 
 
+def test_the_work_of_products_is_counted() -> None:
+    def work(samples: int, rows: int) -> dict[str, float]:
+        shape = LayerShape(96, 64, samples=samples)
+        return dict(zip(SPARSE_WORK, sparse_work(shape, 0.5, (rows, 16)), strict=True))
+
+    # Many rows: groups of 8 output channels; X and Y are turned. A few: whole vectors of them; Y is scattered, too.
+    many, few, one = work(100, 24), work(4, 24), work(1, 32)
+    assert many["product"] == 96 * 64 / 2 * 100 and few["product"] == 96 * 64 / 2 * 4 * 32 / 24
+    assert many["packing"] == 100 * (64 + 96) and few["packing"] == 4 * (64 + 96) and one["packing"] == 0
+    assert many["output"] == 0 and few["output"] == 4 * 96 and one["input"] == 64
+    assert work(100, 12)["product"] == many["product"] * 16 / 12
+
+
+@pytest.mark.parametrize(("rows", "fraction"), [(64, 0.7), (197, 0.75), (4096, 0.8)])
+def test_products_of_transformers_gain_in_proportion(rows: int, fraction: float) -> None:
+    for outputs, inputs in ((768, 768), (3072, 768), (768, 3072), (512, 512)):
+        shape = LayerShape(outputs, inputs, samples=rows)
+        gain = predict_dense(shape, AVX512) / float(predict(shape, 0.3, (32, 32), AVX512))
+        assert fraction < 0.3 * gain < 1.05, (outputs, inputs)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_predictions_grow_with_the_density(kind: str) -> None:
     densities = np.linspace(0, 1, 21)

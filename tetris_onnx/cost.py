@@ -36,6 +36,7 @@ ALGORITHMS = ("direct", "winograd2", "winograd4")
 CACHED_WEIGHTS = 2**23
 _ROWS = 8  # output channels that the sparse kernel computes at a time
 _FEWEST_ROWS = 3  # below, the multipliers wait for their own results
+_FEW_SAMPLES = 12  # more are computed in vectors of samples, fewer in vectors of output channels
 _TAIL_PIXELS = 4  # as many at the end of a map are computed without a vector for them
 _VECTORS = 3  # of pixels that it computes at a time
 _LAYOUT_CHANNELS = 16  # onnxruntime's convolutions compute this many channels at a time
@@ -123,14 +124,14 @@ AVX512 = Machine(
         "strided": 0.0074,
         "pointwise": 0.0081,
         "general": 0.0066,
-        "product": 0.0096,
+        "product": 0.0061,
         "winograd": 0.0077,
         "transform": 1.5,
         "transformed": 0.05,
         "weights": 0.077,
         "cold": 0.102,
         "panel": 0.212,
-        "packing": 2.1,
+        "packing": 0.07,
         "input": 0.011,
         "output": 0.075,
     },
@@ -184,12 +185,16 @@ def sparse_work(
     # The share of input channels that some kept block reads, of blocks kept at random.
     used = 1.0 - (1.0 - kept) ** math.ceil(shape.outputs / rows)
     pixels, maps = math.prod(shape.output_size), math.prod(shape.input_size)
+    many_rows = shape.kind == "product" and shape.samples > _FEW_SAMPLES
     if algorithm == "direct":
         work["cold" if shape.cold else "weights"] = weights
     if shape.kind == "product":
-        work["product"] = weights * shape.samples * _fill(rows, lanes) / rows
-        # Several rows are packed side by side first.
-        work["packing" if shape.samples > 1 else "input"] = np.full_like(kept, shape.samples * shape.inputs)
+        work["product"] = weights * shape.samples * _fill(rows, _ROWS if many_rows else lanes) / rows
+        # Rows are turned into columns first, and the columns of the result into rows.
+        if shape.samples > 1:
+            work["packing"] = np.full_like(kept, shape.samples * (shape.inputs + shape.outputs))
+        else:
+            work["input"] = np.full_like(kept, shape.inputs)
     elif algorithm == "direct":
         work[shape.kind] = weights * _row_groups(rows) / rows * shape.samples * _whole_vectors(pixels, lanes)
         # The other precisions convert what they read.
@@ -211,7 +216,8 @@ def sparse_work(
         vectors = used * shape.inputs * shape.samples * down * -(-across // lanes) + shape.outputs * math.ceil(tiles)
         work["transform"] = elements * vectors
         work["transformed"] = transformed * strips  # every strip of tiles reads all weights
-    work["output"] = np.full_like(kept, shape.samples * shape.outputs * pixels)
+    if not many_rows:
+        work["output"] = np.full_like(kept, shape.samples * shape.outputs * pixels)
     return np.stack([work[name] for name in SPARSE_WORK], axis=-1)
 
 

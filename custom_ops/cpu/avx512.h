@@ -49,27 +49,26 @@ struct Avx512 {
     const __m512i last = _mm512_castps_si512(_mm512_set1_ps(x));
     return _mm512_castsi512_ps(_mm512_alignr_epi32(last, _mm512_castps_si512(a), 1));
   }
-  static void transpose(Vec (&m)[kLanes]) {
-    Vec t[kLanes];
-    // Within the quarters of the vectors: 4 x 4 numbers of four rows, then the quarters themselves.
-    for (int i = 0; i < 16; i += 4) {
-      const __m512d low = _mm512_castps_pd(_mm512_unpacklo_ps(m[i], m[i + 1]));
-      const __m512d high = _mm512_castps_pd(_mm512_unpackhi_ps(m[i], m[i + 1]));
-      const __m512d low_2 = _mm512_castps_pd(_mm512_unpacklo_ps(m[i + 2], m[i + 3]));
-      const __m512d high_2 = _mm512_castps_pd(_mm512_unpackhi_ps(m[i + 2], m[i + 3]));
-      t[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, low_2));
-      t[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, low_2));
-      t[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high, high_2));
-      t[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high, high_2));
-    }
-    for (int i = 0; i < 4; ++i) {
-      const Vec low = _mm512_shuffle_f32x4(t[i], t[i + 4], 0x88), high = _mm512_shuffle_f32x4(t[i], t[i + 4], 0xdd);
-      const Vec low_2 = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0x88);
-      const Vec high_2 = _mm512_shuffle_f32x4(t[i + 8], t[i + 12], 0xdd);
-      m[i] = _mm512_shuffle_f32x4(low, low_2, 0x88);
-      m[i + 4] = _mm512_shuffle_f32x4(high, high_2, 0x88);
-      m[i + 8] = _mm512_shuffle_f32x4(low, low_2, 0xdd);
-      m[i + 12] = _mm512_shuffle_f32x4(high, high_2, 0xdd);
+  static void load_transposed(const float* from, int64_t stride, Vec (&columns)[kLanes]) {
+    // Quarters of vectors come from rows 4 apart, by loads, of which there are two a cycle; shuffles are dearer. What is left
+    // is to transpose 4 x 4 numbers within the quarters.
+    for (int j = 0; j < 16; j += 4) {
+      Vec rows[4];
+      for (int i = 0; i < 4; ++i) {
+        const float* p = from + i * stride + j;
+        rows[i] = _mm512_castps128_ps512(_mm_loadu_ps(p));
+        rows[i] = _mm512_mask_broadcast_f32x4(rows[i], 0x00f0, _mm_loadu_ps(p + 4 * stride));
+        rows[i] = _mm512_mask_broadcast_f32x4(rows[i], 0x0f00, _mm_loadu_ps(p + 8 * stride));
+        rows[i] = _mm512_mask_broadcast_f32x4(rows[i], 0xf000, _mm_loadu_ps(p + 12 * stride));
+      }
+      const __m512d low = _mm512_castps_pd(_mm512_unpacklo_ps(rows[0], rows[1]));
+      const __m512d high = _mm512_castps_pd(_mm512_unpackhi_ps(rows[0], rows[1]));
+      const __m512d low_2 = _mm512_castps_pd(_mm512_unpacklo_ps(rows[2], rows[3]));
+      const __m512d high_2 = _mm512_castps_pd(_mm512_unpackhi_ps(rows[2], rows[3]));
+      columns[j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, low_2));
+      columns[j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, low_2));
+      columns[j + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high, high_2));
+      columns[j + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high, high_2));
     }
   }
   static void copy_rows(float* to, const float* from, const RowCopy& copy) {

@@ -209,21 +209,12 @@ TETRIS_INLINE typename V::Mask first_lanes(int64_t count) {
   return V::expand(count < V::kLanes ? (1U << count) - 1 : ~0U);
 }
 
-// Columns [begin, end) of so many rows, kLanes at a time: `take(j, columns)` of the columns j, j + 1, ... as vectors.
-template <bool Whole, class Take>
-TETRIS_INLINE void transpose_rows(const float* from, int64_t stride, int rows, int64_t begin, int64_t end, Take take) {
-  for (int64_t j = begin; j < end; j += V::kLanes) {
-    typename V::Vec square[V::kLanes];
-    TETRIS_UNROLL
-    for (int s = 0; s < V::kLanes; ++s) {
-      if constexpr (Whole) {
-        square[s] = V::load(from + s * stride + j);
-      } else {
-        square[s] = s < rows ? V::load_masked(from + s * stride + j, first_lanes(end - j)) : V::zero();
-      }
-    }
-    V::transpose(square);
-    take(j, square);
+// Copies the upper left corner of a square, kLanes wide; the rest is zeros. On its own: unrolled into what it is for, with
+// every row a case apart, it would displace that from the registers.
+TETRIS_NO_INLINE void copy_corner(const float* from, int64_t stride, int64_t rows, int64_t columns, float* square) {
+  TETRIS_NO_UNROLL
+  for (int64_t r = 0; r < V::kLanes; ++r, square += V::kLanes) {
+    V::store(square, r < rows ? V::load_masked(from + r * stride, first_lanes(columns)) : V::zero());
   }
 }
 
@@ -233,17 +224,20 @@ void pack_strip(const StripPack& pack) {
   constexpr bool kConverts = Traits::kPrecision != Precision::kFloat32;
   float* to = kConverts ? pack.channels : pack.to;
   const int64_t pitch = kConverts ? kLanes : pack.pitch;
-  const int64_t whole = pack.samples == kLanes ? pack.inputs / kLanes * kLanes : 0;
-  transpose_rows<true>(pack.from, pack.inputs, pack.samples, 0, whole, [&](int64_t j, const auto(&columns)[kLanes]) {
-    TETRIS_UNROLL
-    for (int64_t i = 0; i < kLanes; ++i) V::store(to + pack.position[j + i] * pitch, columns[i]);
-  });
-  transpose_rows<false>(
-      pack.from, pack.inputs, pack.samples, whole, pack.inputs, [&](int64_t j, const auto(&columns)[kLanes]) {
-        for (int64_t i = 0; i < kLanes && j + i < pack.inputs; ++i) {
-          V::store(to + pack.position[j + i] * pitch, columns[i]);
-        }
-      });
+  typename Traits::Vec columns[kLanes];
+  float square[kLanes * kLanes];
+  for (int64_t j = 0; j < pack.inputs; j += kLanes) {
+    const int64_t left = pack.inputs - j;
+    if (left >= kLanes && pack.samples == kLanes) {
+      Traits::load_transposed(pack.from + j, pack.inputs, columns);
+      TETRIS_UNROLL
+      for (int64_t i = 0; i < kLanes; ++i) V::store(to + pack.position[j + i] * pitch, columns[i]);
+    } else {
+      copy_corner(pack.from + j, pack.inputs, pack.samples, left, square);
+      Traits::load_transposed(square, kLanes, columns);
+      for (int64_t i = 0; i < kLanes && i < left; ++i) V::store(to + pack.position[j + i] * pitch, columns[i]);
+    }
+  }
   if constexpr (kConverts) {
     typename Traits::Vec values[Traits::kPacked];
     const auto convert = Traits::converter(pack.quantized);
@@ -257,25 +251,20 @@ void pack_strip(const StripPack& pack) {
 
 void unpack_strip(const StripUnpack& unpack) {
   constexpr int64_t kLanes = V::kLanes;
+  typename V::Vec rows[kLanes];
+  float square[kLanes * kLanes];
   for (int64_t j = 0; j < unpack.outputs; j += kLanes) {
     const int64_t left = unpack.outputs - j;
-    typename V::Vec square[kLanes];
     const float* from = unpack.from + j * unpack.pitch;
-    if (left >= kLanes) {
-      TETRIS_UNROLL
-      for (int64_t i = 0; i < kLanes; ++i) square[i] = V::load(from + i * unpack.pitch);
-    } else {
-      TETRIS_UNROLL
-      for (int64_t i = 0; i < kLanes; ++i) square[i] = i < left ? V::load(from + i * unpack.pitch) : V::zero();
-    }
-    V::transpose(square);
     float* to = unpack.to + j;
     if (left >= kLanes && unpack.samples == kLanes) {
+      V::load_transposed(from, unpack.pitch, rows);
       TETRIS_UNROLL
-      for (int64_t s = 0; s < kLanes; ++s) V::store(to + s * unpack.outputs, square[s]);
+      for (int64_t s = 0; s < kLanes; ++s) V::store(to + s * unpack.outputs, rows[s]);
     } else {
-      TETRIS_NO_UNROLL
-      for (int64_t s = 0; s < unpack.samples; ++s) V::store_masked(to + s * unpack.outputs, square[s], first_lanes(left));
+      copy_corner(from, unpack.pitch, left, unpack.samples, square);
+      V::load_transposed(square, kLanes, rows);
+      for (int64_t s = 0; s < unpack.samples; ++s) V::store_masked(to + s * unpack.outputs, rows[s], first_lanes(left));
     }
   }
 }

@@ -10,7 +10,7 @@
 //   expand(bits) -> Mask, load_masked(p, mask) (touches no masked-out float, gives 0 there),
 //   mask_input(x, mask) and fma_masked(w, x, acc, mask): together acc + w * x in the lanes of the mask, acc elsewhere
 //   (an instruction set masks either the input, once per load, or, with kMasksMultiplication, the multiplication),
-//   transpose(m), of kLanes vectors: lane i of vector j becomes lane j of vector i;
+//   load_transposed(p, stride, v): kLanes vectors, lane i of v[j] = p[i * stride + j];
 //   copy_rows(to, from, copy): see RowCopy; kExtraPixel, kTailPixels and, if it is not 0, RowVec, a vector of kConvRows lanes, with
 //   row_load, row_store, row_add, row_fma(a, b, c) = a * b + c for a number a; RowSum like Sum.
 // With kBFloat16 and kInt8 the "numbers" that are multiplied are elements of several channels (Precision), and
@@ -30,6 +30,7 @@
 #define TETRIS_UNROLL_TWICE _Pragma("GCC unroll 2")
 #define TETRIS_NO_UNROLL _Pragma("GCC unroll 1")
 #define TETRIS_INLINE inline __attribute__((always_inline))
+#define TETRIS_NO_INLINE __attribute__((noinline))
 #define TETRIS_PREFETCH_L2(p) __builtin_prefetch((p), 0, 2)
 #define TETRIS_PREFETCH_L1(p) __builtin_prefetch((p), 0, 3)
 #define TETRIS_PREFETCH_STORE(p) __builtin_prefetch((p), 1, 3)
@@ -38,6 +39,7 @@
 #define TETRIS_UNROLL_TWICE
 #define TETRIS_NO_UNROLL
 #define TETRIS_INLINE inline
+#define TETRIS_NO_INLINE
 #define TETRIS_PREFETCH_L2(p) ((void)0)
 #define TETRIS_PREFETCH_L1(p) ((void)0)
 #define TETRIS_PREFETCH_STORE(p) ((void)0)

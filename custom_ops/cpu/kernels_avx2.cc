@@ -52,22 +52,22 @@ struct V {
     const Vec rotated = _mm256_permutevar8x32_ps(a, _mm256_setr_epi32(1, 2, 3, 4, 5, 6, 7, 0));
     return _mm256_blend_ps(rotated, set1(x), 0x80);
   }
-  static void transpose(Vec (&m)[kLanes]) {
-    Vec t[kLanes];
-    // Within the halves of the vectors: 4 x 4 numbers of four rows, then the halves themselves.
-    for (int i = 0; i < 8; i += 4) {
-      const __m256d low = _mm256_castps_pd(_mm256_unpacklo_ps(m[i], m[i + 1]));
-      const __m256d high = _mm256_castps_pd(_mm256_unpackhi_ps(m[i], m[i + 1]));
-      const __m256d low_2 = _mm256_castps_pd(_mm256_unpacklo_ps(m[i + 2], m[i + 3]));
-      const __m256d high_2 = _mm256_castps_pd(_mm256_unpackhi_ps(m[i + 2], m[i + 3]));
-      t[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, low_2));
-      t[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, low_2));
-      t[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(high, high_2));
-      t[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(high, high_2));
-    }
-    for (int i = 0; i < 4; ++i) {
-      m[i] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x20);
-      m[i + 4] = _mm256_permute2f128_ps(t[i], t[i + 4], 0x31);
+  static void load_transposed(const float* from, int64_t stride, Vec (&columns)[kLanes]) {
+    // Halves of vectors come from rows 4 apart, by loads; 4 x 4 numbers are transposed within them.
+    for (int j = 0; j < 8; j += 4) {
+      Vec rows[4];
+      for (int i = 0; i < 4; ++i) {
+        const float* p = from + i * stride + j;
+        rows[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + 4 * stride), 1);
+      }
+      const __m256d low = _mm256_castps_pd(_mm256_unpacklo_ps(rows[0], rows[1]));
+      const __m256d high = _mm256_castps_pd(_mm256_unpackhi_ps(rows[0], rows[1]));
+      const __m256d low_2 = _mm256_castps_pd(_mm256_unpacklo_ps(rows[2], rows[3]));
+      const __m256d high_2 = _mm256_castps_pd(_mm256_unpackhi_ps(rows[2], rows[3]));
+      columns[j] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, low_2));
+      columns[j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, low_2));
+      columns[j + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(high, high_2));
+      columns[j + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(high, high_2));
     }
   }
   static void copy_rows(float* to, const float* from, const RowCopy& copy) {

@@ -56,12 +56,13 @@ struct V {
   static Vec zip_low(Vec a, Vec b) { return vzip1q_f32(a, b); }
   static Vec zip_high(Vec a, Vec b) { return vzip2q_f32(a, b); }
   static Vec next(Vec a, float x) { return vextq_f32(a, vdupq_n_f32(x), 1); }
-  static void transpose(Vec (&m)[kLanes]) {
-    const float32x4x2_t upper = vtrnq_f32(m[0], m[1]), lower = vtrnq_f32(m[2], m[3]);
-    m[0] = vcombine_f32(vget_low_f32(upper.val[0]), vget_low_f32(lower.val[0]));
-    m[1] = vcombine_f32(vget_low_f32(upper.val[1]), vget_low_f32(lower.val[1]));
-    m[2] = vcombine_f32(vget_high_f32(upper.val[0]), vget_high_f32(lower.val[0]));
-    m[3] = vcombine_f32(vget_high_f32(upper.val[1]), vget_high_f32(lower.val[1]));
+  static void load_transposed(const float* from, int64_t stride, Vec (&columns)[kLanes]) {
+    const float32x4x2_t upper = vtrnq_f32(load(from), load(from + stride));
+    const float32x4x2_t lower = vtrnq_f32(load(from + 2 * stride), load(from + 3 * stride));
+    columns[0] = vcombine_f32(vget_low_f32(upper.val[0]), vget_low_f32(lower.val[0]));
+    columns[1] = vcombine_f32(vget_low_f32(upper.val[1]), vget_low_f32(lower.val[1]));
+    columns[2] = vcombine_f32(vget_high_f32(upper.val[0]), vget_high_f32(lower.val[0]));
+    columns[3] = vcombine_f32(vget_high_f32(upper.val[1]), vget_high_f32(lower.val[1]));
   }
   static void copy_rows(float* to, const float* from, const RowCopy& copy) {
     for (int64_t r = 0; r < copy.rows; ++r, to += copy.width, from += copy.from_stride) {

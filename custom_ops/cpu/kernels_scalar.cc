@@ -38,7 +38,7 @@ struct V {
   static Vec zip_low(Vec a, Vec) { return a; }
   static Vec zip_high(Vec, Vec b) { return b; }
   static Vec next(Vec, float x) { return x; }
-  static void transpose(Vec (&)[kLanes]) {}
+  static void load_transposed(const float* from, int64_t, Vec (&columns)[kLanes]) { columns[0] = *from; }
   static void copy_rows(float* to, const float* from, const RowCopy& copy) {
     for (int64_t r = 0; r < copy.rows; ++r) {
       copy_row_end(to + r * copy.width, from + r * copy.from_stride, copy, 0);

@@ -25,6 +25,7 @@ class Network:
 
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
+    words: int = 0  # inputs are numbers below that; 0: floats
 
 
 def conv_bn(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Sequential:
@@ -263,6 +264,42 @@ class Vit(nn.Module):
         return self.classifier(x[:, 0])
 
 
+class BertLayer(nn.Module):
+    """BERT's: products for queries, keys and values apart, each part added to its input, then normalized."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+
+    def split(self, x: Tensor) -> Tensor:
+        """[batch, length, width] as [batch, heads, length, width / heads]."""
+        return x.reshape(*x.shape[:2], self.heads, -1).transpose(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (self.split(linear(x)) for linear in (self.query, self.key, self.value))
+        mixed = torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, -1) @ v
+        x = self.norms[0](x + self.out(mixed.transpose(1, 2).flatten(2)))
+        return self.norms[1](x + self.down(functional.gelu(self.up(x))))
+
+
+class Bert(nn.Module):
+    """BERT-base's encoder but for the number of layers: words, positions, layers, the first word's class."""
+
+    def __init__(self, layers: int = 2, width: int = 768, heads: int = 12, words: int = 1000) -> None:
+        super().__init__()
+        self.words, self.positions = nn.Embedding(words, width), nn.Parameter(0.1 * torch.randn(1, 128, width))
+        self.norm = nn.LayerNorm(width)
+        self.layers = nn.Sequential(*(BertLayer(width, heads) for _ in range(layers)))
+        self.pooler, self.classifier = nn.Linear(width, width), nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layers(self.norm(self.words(x) + self.positions))
+        return self.classifier(torch.tanh(self.pooler(x[:, 0])))
+
+
 class ChannelsLast(nn.Module):
     """A convolution as converters write it for a network that was channels-last: a Transpose on each side."""
 
@@ -363,6 +400,7 @@ NETWORKS = {
     "YOLO-like": Network(Yolo, (1, 3, 192, 192)),
     "ShuffleNetV2-like": Network(shufflenet, (1, 3, 112, 112)),
     "ViT-like": Network(Vit, (1, 3, 224, 224)),
+    "BERT-like": Network(Bert, (1, 128), words=1000),
     "channels-last": Network(Nhwc, (1, 128, 128, 3)),
 }
 
@@ -379,7 +417,7 @@ def export(network: Network, seed: int = 0, dynamo: bool = False) -> onnx.ModelP
             part.running_mean.normal_(std=0.1)
             part.running_var.uniform_(0.5, 1.5)
     module.eval()
-    example = torch.randn(network.shape)
+    example = torch.randint(network.words, network.shape) if network.words else torch.randn(network.shape)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if dynamo:

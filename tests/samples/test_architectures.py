@@ -67,3 +67,18 @@ def test_networks_are_exported_as_they_compute(name: str) -> None:
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     found = session.run(None, {"input": x.numpy()})
     assert all(np.isfinite(value).all() and value.std() > 1e-3 for value in found)
+
+
+def test_the_products_of_a_transformer_are_pruned(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    pytest.importorskip("onnxscript")
+    import networks
+
+    small_bert = networks.Network(lambda: networks.Bert(1, 128, 4, words=50), (1, 128), words=50)
+    row = architectures.prune("bert", networks.export(small_bert), 0.7, tmp_path)
+    # Queries, keys, values, their mix, up and down are; the first word's class, one row of two layers, need not be.
+    assert int(row["pruned"]) >= 6 and row["gathers"] == "0"
+    assert float(row["error"]) < 1e-5
+    counts = [node.op_type for node in onnx.load(tmp_path / "bert_bs.onnx").graph.node]
+    assert counts.count("BlockSparseGemm") == int(row["pruned"])
+    assert counts.count("MatMul") == 2  # of two activations each
