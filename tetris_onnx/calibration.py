@@ -198,10 +198,15 @@ def batches(samples: Samples, inputs: Sequence[InputSpec], batch: int) -> Iterat
     step = fixed_batch(inputs) or batch
     if fixed_batch(inputs) and n % step:
         raise CalibrationError(f"the model runs {step} samples at a time; {n} samples do not fill its batches")
-    scalars = {spec.name for spec in inputs if not spec.shape}
     for start in range(0, n, step):
         part = slice(start, min(start + step, n))
-        yield part, {name: array if name in scalars else array[part] for name, array in samples.items()}
+        yield part, select(samples, inputs, part)
+
+
+def select(samples: Samples, inputs: Sequence[InputSpec], which: slice | NDArray) -> Samples:
+    """Some of the samples, by a slice, their numbers or a mask; inputs that are scalars stay as they are."""
+    scalars = {spec.name for spec in inputs if not spec.shape}
+    return {name: array if name in scalars else array[which] for name, array in samples.items()}
 
 
 def fixed_batch(inputs: Sequence[InputSpec]) -> int | None:

@@ -32,6 +32,7 @@ from tetris_onnx.cli_options import (
     Model,
     Precision,
     Provider,
+    Refine,
     Reorder,
     Scale,
     Shape,
@@ -190,6 +191,7 @@ def optimize(
     threads: Threads = None,
     reorder: Reorder = None,
     importance: Importance = None,
+    refine: Refine = None,
     save_plan: Annotated[Path | None, typer.Option(help="Write the plan (.npz).")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the report (.html, .json or .md).")] = None,
     dump_passes: Annotated[Path | None, typer.Option(help="Folder for the model after each pass.")] = None,
@@ -227,6 +229,7 @@ def optimize(
         config, sparsity, block_size, gathers, reorder, importance, seed, target, allocation, speedup, precision
     )
     chosen = replace(chosen, memory=int(min(memory, 1e9) * 1e9), threads=threads or chosen.threads)
+    chosen = chosen if refine is None else replace(chosen, refine=refine)
     if chosen.importance in MEASURED_IMPORTANCES and calibration is None:
         raise UsageError(
             f"importance {chosen.importance} is measured on samples: give --calibration FILE.npz, or use l1 or l2"

@@ -51,6 +51,15 @@ Importance = Annotated[
     str | None,
     typer.Option(metavar="|".join(IMPORTANCES), help="What a weight is worth.", show_default="auto"),
 ]
+Refine = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="PASSES",
+        help="Gradient steps on all layers together, towards the dense outputs, in passes over --calibration.",
+        show_default="as many as take a minute or two",
+    ),
+]
 Gathers = Annotated[
     str | None,
     typer.Option(metavar="|".join(GATHERS), help="What becomes of the channel reorderings.", show_default="absorb"),

@@ -14,7 +14,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from tetris_onnx.calibration import CalibrationError, Data, InputSpec, Samples, count, fixed_batch
+from tetris_onnx.calibration import CalibrationError, Data, InputSpec, Samples, count, fixed_batch, select
 from tetris_onnx.config import Config
 from tetris_onnx.cost import Machine
 from tetris_onnx.operators import choose
@@ -64,14 +64,17 @@ class Problem:
         candidates = survey(self.graph, config, self.machine, plan)
         predictions: dict[str, tuple[float, float]] = {}
         weights: dict[str, NewWeights] = {}
+        notes: tuple[str, ...] = ()
         if plan is not None:
             rows = match_plan(candidates, plan, config)
         elif config.allocation != "uniform":
             candidates, predictions = self._allocate(candidates, config)
         if self.samples is not None:
-            from tetris_onnx.recovery import recover  # brings scipy, which takes its time to load
+            from tetris_onnx.refine import recover_and_refine  # brings scipy, which takes its time to load
 
-            recovery = recover(self.graph, candidates, self.model, config, self.samples, plan, self.progress)
+            recovery, notes = recover_and_refine(
+                self.graph, candidates, self.model, config, self.samples, plan, self.progress
+            )
             plan, weights, rows = recovery.plan, recovery.weights, recovery.rows
         elif plan is None:
             plan, rows = make_plan(candidates, config, self.progress)
@@ -79,7 +82,7 @@ class Problem:
             if row.layer in predictions:
                 sensitivity, loss = predictions[row.layer]
                 rows[i] = replace(row, sensitivity=sensitivity, predicted_loss=loss)
-        return Decision(plan, weights, rows)
+        return Decision(plan, weights, rows, notes)
 
     def sparsest(self, config: Config, most: float, lost: Callable[[Decision], float]) -> Decision:
         """The sparsest plan that loses ``most`` points of accuracy at most, by bisection over ``config.sparsity``.
@@ -112,7 +115,8 @@ class Problem:
                 f"every plan loses more than {most:g} points of accuracy (sparsity: points lost; {', '.join(tried)}); "
                 "allow more, or give calibration samples"
             )
-        return replace(best, notes=(f"{text}, at most {most:g} were allowed (tried {', '.join(tried)})",))
+        note = f"{text}, at most {most:g} were allowed (tried {', '.join(tried)})"
+        return replace(best, notes=(note, *best.notes))
 
     def _allocate(
         self, candidates: list[Candidate], config: Config
@@ -151,6 +155,6 @@ def split(data: Data, inputs: Sequence[InputSpec]) -> tuple[Data, Data]:
 
 
 def _part(data: Data, inputs: Sequence[InputSpec], which: NDArray[np.int64]) -> Data:
-    scalars = {spec.name for spec in inputs if not spec.shape}
-    samples = {name: array if name in scalars else array[which] for name, array in data.samples.items()}
-    return replace(data, samples=samples, labels=None if data.labels is None else data.labels[which])
+    return replace(
+        data, samples=select(data.samples, inputs, which), labels=None if data.labels is None else data.labels[which]
+    )

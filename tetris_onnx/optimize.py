@@ -14,7 +14,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from tetris_onnx.algorithms.heatmap import Heatmap
-from tetris_onnx.calibration import CalibrationError, Data, InputSpec, Samples, count, fixed_batch, model_inputs
+from tetris_onnx.calibration import CalibrationError, Data, InputSpec, Samples, count, fixed_batch, model_inputs, select
 from tetris_onnx.compare import compare
 from tetris_onnx.config import MEASURED_IMPORTANCES, Config, ConfigError
 from tetris_onnx.cost import Machine
@@ -379,11 +379,7 @@ def _first(samples: Samples, inputs: Sequence[InputSpec]) -> Samples:
     """As many of the samples as the verification runs: whole batches where the model fixes their size."""
     batch = fixed_batch(inputs) or 1
     n = min(count(samples, inputs), -(-_REAL_SAMPLES // batch) * batch)
-    return _part(samples, inputs, slice(n))
-
-
-def _part(samples: Samples, inputs: Sequence[InputSpec], part: slice) -> Samples:
-    return {spec.name: samples[spec.name][part] if spec.shape else samples[spec.name] for spec in inputs}
+    return select(samples, inputs, slice(n))
 
 
 def verify(model: onnx.ModelProto, reference: onnx.ModelProto, tolerance: float, data: Samples | None = None) -> float:
@@ -431,7 +427,9 @@ def _with_ranges(
     n = count(samples, inputs)
     held = min(_REAL_SAMPLES, n // 4) // batch * batch
     seen = min(_RANGE_SAMPLES, n - held) // batch * batch
-    some, others = (_part(samples, inputs, part) for part in (slice(seen), slice(n - held, n) if held else slice(seen)))
+    some, others = (
+        select(samples, inputs, part) for part in (slice(seen), slice(n - held, n) if held else slice(seen))
+    )
 
     def error(model: onnx.ModelProto) -> float:
         return _rounding(model, exact, others)[1]
