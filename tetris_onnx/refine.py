@@ -45,7 +45,7 @@ _LEAST_SAMPLES = 16
 _ENOUGH_SAMPLES = 256  # fewer are refined with only where that is asked for: of few, each one held out is missed
 _ROUND = 8  # samples are fitted in batches of a divisor of their number
 # Updates of a run where nobody says how many passes, passes at most, and multiplications at most.
-_UPDATES = 900
+_UPDATES = 400
 _MOST_PASSES = 60
 _MOST_WORK = 10**13
 _TIMES_FORWARD = 4  # the dense network, the pruned one, its gradients by values and by weights
