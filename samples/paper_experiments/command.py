@@ -29,6 +29,7 @@ Steps: TypeAlias = Annotated[str, typer.Option(help="Some of the steps only, in 
 Sparsity: TypeAlias = Annotated[str | None, typer.Option(help="Of the pruned layers: 0.5,0.7,0.9")]
 BlockSizes: TypeAlias = Annotated[str | None, typer.Option(help="Rows and columns of a block: 1,8,16,32,64")]
 Recovery: TypeAlias = Annotated[str | None, typer.Option(help="none, refit, retrain")]
+Seconds: TypeAlias = Annotated[float | None, typer.Option(help="Of timing each pair of models.")]
 ALL_STEPS = ",".join(STEPS)
 
 
@@ -60,6 +61,7 @@ def image_command(recipe: Recipe, fast: Settings) -> None:
         sparsity: Sparsity = None,
         block_sizes: BlockSizes = None,
         recovery: Recovery = None,
+        seconds: Seconds = None,
         mean: Annotated[str | None, typer.Option(help="Of each channel, of pixels from 0 to 1.")] = None,
         std: Annotated[str | None, typer.Option(help="The same: what the model expects.")] = None,
         epochs: Annotated[int | None, typer.Option(min=1, help="Of training the dense network.")] = None,
@@ -69,7 +71,7 @@ def image_command(recipe: Recipe, fast: Settings) -> None:
         test: Annotated[int, typer.Option(min=1, help="Images to test with, at most.")] = 10000,
     ) -> None:
         chosen = replace(recipe, mean=_floats(mean) or recipe.mean, std=_floats(std) or recipe.std)
-        settings = choose(fast if quick else Settings(), sparsity, block_sizes, recovery)
+        settings = choose(fast if quick else Settings(), sparsity, block_sizes, recovery, seconds)
         settings = replace(settings, epochs=retrain_epochs or settings.epochs)
         chosen = replace(chosen, epochs=(epochs or chosen.epochs[0], epochs or chosen.epochs[1]))
         most = (min(calibration, 256), min(training, 5000), min(test, 1000)) if quick else (calibration, training, test)
@@ -95,7 +97,9 @@ def start(subject: Callable[[], Subject], settings: Settings, output: Path, step
         raise typer.Exit(1) from None
 
 
-def choose(settings: Settings, sparsity: str | None, block_sizes: str | None, recovery: str | None) -> Settings:
+def choose(
+    settings: Settings, sparsity: str | None, block_sizes: str | None, recovery: str | None, seconds: float | None
+) -> Settings:
     """The settings with what the user asks for."""
     if sparsity is not None:
         settings = replace(settings, sparsities=_floats(sparsity), speed_sparsities=_floats(sparsity))
@@ -104,7 +108,7 @@ def choose(settings: Settings, sparsity: str | None, block_sizes: str | None, re
         settings = replace(settings, block_sizes=sizes, speed_sizes=tuple(size for size in sizes if size > 1))
     if recovery is not None:
         settings = replace(settings, recoveries=tuple(recovery.split(",")))
-    return settings
+    return settings if seconds is None else replace(settings, seconds=seconds)
 
 
 def _floats(text: str | None) -> tuple[float, ...]:

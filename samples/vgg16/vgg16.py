@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "paper_experiments"))
-from command import ALL_STEPS, BlockSizes, Output, Quick, Recovery, Sparsity, Steps, choose, start
+from command import ALL_STEPS, BlockSizes, Output, Quick, Recovery, Seconds, Sparsity, Steps, choose, start
 from experiments import Settings, Subject
 from random_vgg16 import vgg16
 
@@ -50,9 +50,10 @@ def main(
     sparsity: Sparsity = None,
     block_sizes: BlockSizes = None,
     recovery: Recovery = None,
+    seconds: Seconds = None,
 ) -> None:
     """Make the tables and plots of VGG16."""
-    settings = choose(QUICK if quick else FULL, sparsity, block_sizes, recovery)
+    settings = choose(QUICK if quick else FULL, sparsity, block_sizes, recovery, seconds)
     if calibration is None and "refit" in settings.recoveries:
         typer.echo("no recovery: it takes --calibration")
         settings = replace(settings, recoveries=tuple(kind for kind in settings.recoveries if kind != "refit"))
