@@ -127,12 +127,13 @@ def _image_subject(
         )
     else:
         train, test = load_images(data)
-    order = np.random.default_rng(0).permutation(len(train))
+    rng = np.random.default_rng(0)  # some files are sorted by class
+    train, test = train[rng.permutation(len(train))], test[rng.permutation(len(test))[: most[2]]]
 
     def ready(images: Images) -> Images:
         return images.fitted(recipe.shape).normalized(recipe.mean, recipe.std)
 
-    train, test = ready(train[order]), ready(test[slice(most[2])])
+    train, test = ready(train), ready(test)
     if unlabeled is not None:
         calibration = ready(Images(unlabeled, np.zeros(len(unlabeled), np.int64))).pixels
     else:
