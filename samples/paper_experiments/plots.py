@@ -137,7 +137,9 @@ def _plot(axes: Axes, points: Sequence[tuple[float, float]], block: str, reorder
         axes.plot(*_columns(points), "-s", color="black" if block == "weights" else "0.5", label=label, markersize=4)
         return
     label = f"{block}x{block}, {'reordered' if reorder != 'none' else 'not reordered'}"
-    axes.plot(*_columns(points), _STYLES[reorder], color=f"C{int(block).bit_length() % 10}", label=label, markersize=4)
+    axes.plot(
+        *_columns(points), _STYLES[reorder], color=f"C{(int(block).bit_length() - 4) % 10}", label=label, markersize=4
+    )
 
 
 def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
@@ -148,16 +150,16 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
 def _panels(count: int, title: str) -> tuple[Any, list[Axes]]:
     from matplotlib.figure import Figure  # without pyplot there is no global state and no display
 
-    figure = Figure(figsize=(1.5 + 3.6 * count, 4), layout="constrained")
+    figure = Figure(figsize=(2 + 3.6 * count, 4), layout="constrained")
     figure.suptitle(title, fontsize="medium")
-    return figure, list(figure.subplots(1, count, squeeze=False, sharey=True)[0])
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
 
 def _save(figure: Any, panels: Sequence[Axes], path: Path) -> Path:
     handles = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize="small")
+    figure.legend(handles.values(), handles.keys(), loc="outside right center", fontsize="small")
     for axes in panels:
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=90)
