@@ -27,8 +27,12 @@ class TableError(ValueError):
 def provenance(seed: int) -> str:
     """What a table was made with, as its first lines."""
     libraries = f"numpy {np.__version__}, onnxruntime {onnxruntime.__version__}, Python {platform.python_version()}"
-    command = " ".join(Path(word).name if Path(word).exists() else word for word in sys.argv)
-    return f"# seed {seed}; {cpu_name()}, {os.cpu_count()} cores; {libraries}\n# python {command}\n"
+    return f"# seed {seed}; {cpu_name()}, {os.cpu_count()} cores; {libraries}\n# {_command()}\n"
+
+
+def _command() -> str:
+    """The command line, without folders."""
+    return " ".join(["python", *(Path(word).name if Path(word).exists() else word for word in sys.argv)])
 
 
 def fingerprint(model: onnx.ModelProto) -> str:
@@ -53,6 +57,8 @@ class Table:
         rows = csv.DictReader(line for line in lines if not line.startswith("#"))
         if f"# {subject}\n" not in comments or rows.fieldnames != self.columns:
             raise TableError(f"{path} holds other results than those of {subject}: remove it, or write to another file")
+        if (command := f"# {_command()}\n") not in comments:
+            comments.append(command)  # rows to come are its
         self._head, self.rows = "".join(comments), list(rows)
 
     def __contains__(self, values: Mapping[str, Any]) -> bool:
