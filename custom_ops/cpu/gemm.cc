@@ -21,6 +21,8 @@ constexpr size_t kPrefetchPadding = 8192;
 // Vectors of samples in a strip, and lanes of a vector, at most.
 constexpr int64_t kStripVectors = 3;
 constexpr int64_t kMostLanes = 16;
+// Sums that a strip has to add to at a time, at least: each addition waits for the one before.
+constexpr int64_t kLeastSums = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -387,10 +389,10 @@ void GemmKernel::run(const float* x, int64_t samples, float* y, const ThreadPool
   const int64_t threads = threads_.count();
   const Division division = divide(samples);
   // With fewer strips than threads, the block rows are divided among them instead.
-  if (division.vectors >= threads) {
+  const int64_t most_strips = division.vectors / ceil_div(kLeastSums, kernels_.strip_rows);
+  if (most_strips >= threads) {
     Strips strips{*this, x, samples, y, division};
-    strips.compute_items = std::min(division.vectors,
-                                    ceil_div(ceil_div(division.vectors, kStripVectors), threads) * threads);
+    strips.compute_items = std::min(most_strips, ceil_div(ceil_div(division.vectors, kStripVectors), threads) * threads);
     threads_.saw(run_work(pool, strips, threads));
     return;
   }
