@@ -113,28 +113,23 @@ ConvNode::ConvNode(const NodeReader& node, bool pooled)
 
 ConvNode::Sizes ConvNode::sizes(const std::vector<int64_t>& input_shape) const {
   const size_t rank = spatial_rank();
-  const std::string input = where_ + ": input 'X' has shape " + to_string(input_shape);
-  if (input_shape.size() != rank + 2) {
-    throw std::invalid_argument(input + ", expected " + std::to_string(rank + 2) + " dimensions");
-  }
+  auto fail = [&](const std::string& what) {
+    throw std::invalid_argument(where_ + ": input 'X' has shape " + to_string(input_shape) + ", " + what);
+  };
+  if (input_shape.size() != rank + 2) fail("expected " + std::to_string(rank + 2) + " dimensions");
   const std::vector<int64_t> shape = input_last_ ? channels_first(input_shape) : input_shape;
-  if (shape[1] != weight_shape_[1]) {
-    throw std::invalid_argument(input + ", expected " + std::to_string(weight_shape_[1]) + " channels");
-  }
+  if (shape[1] != weight_shape_[1]) fail("expected " + std::to_string(weight_shape_[1]) + " channels");
   Sizes sizes{{1, 1, 1}, {}, {shape[0], weight_shape_[0]}};
   for (size_t d = 0; d < rank; ++d) {
     // (of an empty batch, too: there is no limit to what an empty tensor's sizes say)
-    if (shape[2 + d] > kMaxSize) throw std::invalid_argument(input + ", too large");
+    if (shape[2 + d] > kMaxSize) fail("too large");
     sizes.input[place(d, rank)] = shape[2 + d];
   }
   sizes.output = conv_output_size(attributes_, sizes.input);
   int64_t elements = checked_product(shape[0], weight_shape_[0]);
   for (size_t d = 0; d < rank; ++d) {
     const int64_t dimension = sizes.output[place(d, rank)] / (pooled_ ? 2 : 1);
-    if (dimension < 1) {
-      throw std::invalid_argument(input + ", too small for the kernel: output dimension " + std::to_string(2 + d) +
-                                  " would be empty");
-    }
+    if (dimension < 1) fail("too small for the kernel: output dimension " + std::to_string(2 + d) + " would be empty");
     elements = checked_product(elements, dimension);
     sizes.output_shape.push_back(dimension);
   }

@@ -13,13 +13,16 @@ namespace {
 constexpr int64_t kStripBytes = 384 << 10;
 // An input up to this size is not cut into strips: it is in the cache often enough.
 constexpr int64_t kWholeBytes = 2 << 20;
+// The same for panels, of which all block rows read all: they should stay in the second-level cache.
+constexpr int64_t kPanelStripBytes = 512 << 10;
+constexpr int64_t kWholePanelBytes = 1 << 20;
 // Maps up to this many pixels are copied into a row-padded panel, larger ones are read in place: there, the few tiles
 // at the upper and the lower edge, which need a mask for each tap, weigh less than the copy.
 constexpr int64_t kPanelPixels = 28 * 28;
 // Work items that every thread should find, so that a late one costs little.
 constexpr int64_t kItemsPerThread = 16;
 // Strips that each thread should find where it makes the panels of its own.
-constexpr int64_t kStagesPerThread = 4;
+constexpr int64_t kStagesPerThread = 2;
 constexpr size_t kMaxPlans = 8;
 // How much faster bfloat16's direct kernel counts for than float32's where it is weighed against Winograd's form, whose
 // estimate is on the safe side: chosen so that VGG16's layers on Zen 5 get what is faster, as measured.
@@ -352,9 +355,9 @@ void ConvKernel::read_from_panel(Plan& plan) const {
       checked_product(inner_count, static_cast<int64_t>(plan.phases.size())));
   const int64_t total_rows = plan.output[0];
   int64_t strips = 1;
-  if (row_bytes > 0 && total_rows > kWholeBytes / row_bytes) {
-    const int64_t rows = std::max<int64_t>(1, kStripBytes / row_bytes);
-    strips = ceil_div(total_rows, rows);
+  if (row_bytes > 0 && total_rows > kWholePanelBytes / row_bytes) {
+    const int64_t rows = std::max<int64_t>(1, kPanelStripBytes / row_bytes);
+    strips = std::min(total_rows, ceil_div(total_rows, 2 * rows) * 2);
   }
   int64_t strip_rows = ceil_div(total_rows, strips);
   if (plan.band_rows > 0) strip_rows = strips == 1 ? total_rows : ceil_div(strip_rows, plan.band_rows) * plan.band_rows;
@@ -543,6 +546,7 @@ struct ConvKernel::Work {
   int64_t parts = 1, rows = 1;  // items in a stage: parts of its tiles (of its bands, if pooled) by block rows
   bool rows_first = false;      // items are in the order (block row, part)
   float* panels = nullptr;  // of all stages, or null
+  bool shared = false;  // several threads work on a stage
   Quantization* quantized = nullptr;  // of each image (kInt8)
   // Where it has to be found, for each image by itself: the ranges of parts of the channels that are read.
   int64_t survey_items = 0, parts_of_image = 1;
@@ -575,6 +579,19 @@ struct ConvKernel::Work {
     const int64_t used = static_cast<int64_t>(kernel.used_.size());
     fill_panel(stage, panels + stage * plan.panel_size, used * item / prepare_items,
                used * (item + 1) / prepare_items);
+  }
+
+  // Of a map of a single tile, each thread is about to read all, of which others wrote a part; and there is no next tile to
+  // fetch ahead.
+  void enter(int64_t stage) const {
+    const Plan::Strip& strip = plan.strips[static_cast<size_t>(stage) % plan.strips.size()];
+    if (!shared || strip.tile_end - strip.tile_begin > 2 || (!plan.direct && panels == nullptr)) return;
+    if (plan.direct) {
+      const int64_t image = stage / static_cast<int64_t>(plan.strips.size());
+      bring_near(x + image * kernel.inputs_ * plan.input_plane, kernel.inputs_ * plan.input_plane);
+    } else {
+      bring_near(panels + stage * plan.panel_size, plan.panel_size);
+    }
   }
 
   void compute(int64_t item) {
@@ -896,6 +913,7 @@ void ConvKernel::run(const float* x, const float* addend, int64_t batch, const S
     }
   }
   work.stages = batch * static_cast<int64_t>(plan->strips.size());
+  work.shared = threads > work.stages;
   const bool own_panels = !plan->direct && !used_.empty() && work.stages >= std::min(threads * kStagesPerThread, kMaxGroups);
   if (!own_panels) {
     const Plan::Strip& strip = plan->strips[0];

@@ -213,6 +213,7 @@ struct GemmKernel::Work {
     return uses_tiles ? std::min(samples, tile * kSamplesOfTiles) : samples * tile / tiles;
   }
   int64_t group_of(int64_t) const { return 0; }
+  void enter(int64_t) const {}
 
   void survey(int64_t sample) {
     quantized[sample] = kernel.quantize(x + sample * kernel.inputs_);

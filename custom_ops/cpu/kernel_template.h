@@ -153,30 +153,55 @@ struct ExtraPixel<Traits, false> {
   TETRIS_INLINE void store(const ConvTile&, int64_t) const {}
 };
 
-// A pointwise kernel's channels: one loop instead of one in another is shorter and better predicted. Fetch: the input of
-// the next tile is brought near, whose rows are too far from each other for the processor to guess.
-template <bool Fetch, bool Extra, int Rows, int Vectors>
-TETRIS_INLINE void add_channels(const ConvTile& tile, typename V::Sum (&acc)[Rows][Vectors], ExtraPixel<V, Extra>& extra) {
+// Of a pointwise kernel, the channels [begin, end): one loop instead of one in another is shorter and better predicted.
+// Rows of X and Y are too far from each other for the processor to guess, so what comes next is brought near. FetchX: the
+// next tile's input. FetchY: with each channel, one row that a later tile adds and stores.
+template <bool FetchX, bool FetchY, bool Extra, int Rows, int Vectors>
+TETRIS_INLINE void add_channels(const ConvTile& tile, typename V::Sum (&acc)[Rows][Vectors], ExtraPixel<V, Extra>& extra,
+                                int64_t begin, int64_t end) {
   const typename V::Mask all[Vectors] = {};
   const float* first = tile.x + tile.tap_offset[0];
-  const float* w = tile.weight;
+  const float* w = tile.weight + begin * Rows;
   TETRIS_UNROLL_TWICE
-  for (int64_t i = 0; i < tile.channels; ++i, w += Rows) {
+  for (int64_t i = begin; i < end; ++i, w += Rows) {
     const float* row = first + tile.channel_offset[i];
     TETRIS_PREFETCH_L2(w + kConvPrefetch);
-    if constexpr (Fetch) {
+    if constexpr (FetchX) {
       const float* next = tile.next_x + tile.channel_offset[i];
       TETRIS_UNROLL
       for (int v = 1; v <= Vectors; ++v) TETRIS_PREFETCH_L1(next + v * V::kLanes - 1);
+    }
+    if constexpr (FetchY) {
+      const float* next = tile.next_y + tile.next_row_offset[i];
+      TETRIS_UNROLL
+      for (int v = 1; v <= Vectors; ++v) TETRIS_PREFETCH_STORE(next + v * V::kLanes - 1);
     }
     add_tap<false>(acc, row, w, all, V::Vec{});
     extra.add(row[Vectors * V::kLanes], w);
   }
 }
 
-// Stores a tile's rows. Whole: all of them, and all lanes; Add: there may be an addend (if Whole, there is).
+// Whether a tile's channels fetch the rows of next_y, or its stores do, all at once, which keeps the next tile's loads
+// waiting. Measured: there is nothing to gain without an addend or from long reductions, and short ones are too crowded.
+template <int Rows>
+TETRIS_INLINE bool early_fetch(const ConvTile& tile) {
+  return tile.next_y != nullptr && tile.addend != nullptr && tile.channels >= 4 * Rows && tile.channels < 6 * Rows;
+}
+
+template <bool FetchX, bool Extra, int Rows, int Vectors>
+TETRIS_INLINE void add_channels(const ConvTile& tile, typename V::Sum (&acc)[Rows][Vectors], ExtraPixel<V, Extra>& extra) {
+  int64_t fetched = 0;
+  if (early_fetch<Rows>(tile)) {
+    fetched = tile.valid_rows;
+    add_channels<FetchX, true, Extra>(tile, acc, extra, 0, fetched);
+  }
+  add_channels<FetchX, false, Extra>(tile, acc, extra, fetched, tile.channels);
+}
+
+// Stores a tile's rows, and brings near those of `next_y`, if not null. Whole: all of them, and all lanes; Add: there may
+// be an addend (if Whole, there is).
 template <bool Whole, bool Add, int Rows, int Vectors>
-TETRIS_INLINE void store_rows(const ConvTile& tile, const typename V::Sum (&acc)[Rows][Vectors]) {
+TETRIS_INLINE void store_rows(const ConvTile& tile, const typename V::Sum (&acc)[Rows][Vectors], const float* next_y) {
   using Vec = typename V::Vec;
   const Vec low = V::set1(tile.low), high = V::set1(tile.high);
   TETRIS_UNROLL
@@ -202,8 +227,8 @@ TETRIS_INLINE void store_rows(const ConvTile& tile, const typename V::Sum (&acc)
         for (int lane = 0; lane < tile.last_lanes; ++lane) y[lane] = lanes[lane];
       }
     }
-    if (tile.next_y != nullptr) {
-      const float* next = tile.next_y + tile.next_row_offset[r];
+    if (next_y != nullptr) {
+      const float* next = next_y + tile.next_row_offset[r];
       TETRIS_UNROLL
       for (int v = 1; v <= Vectors; ++v) TETRIS_PREFETCH_STORE(next + v * V::kLanes - 1);
     }
@@ -242,8 +267,10 @@ void conv_tile_impl(const ConvTile& tile) {
   const int64_t* tap_offset = tile.tap_offset;
   const int64_t taps = tile.taps;
   int64_t i = 0;
+  const float* next_y = tile.next_y;
   if constexpr (Mode == TapMode::kPlain) {
     if (taps == 1) {
+      if (early_fetch<Rows>(tile)) next_y = nullptr;
       if (tile.next_x == nullptr) {
         add_channels<false, Extra>(tile, acc, extra);
       } else {
@@ -303,12 +330,12 @@ void conv_tile_impl(const ConvTile& tile) {
   }
   if (tile.valid_rows == Rows && tile.last_lanes == V::kLanes) {
     if (tile.addend == nullptr) {
-      store_rows<true, false>(tile, acc);
+      store_rows<true, false>(tile, acc, next_y);
     } else {
-      store_rows<true, true>(tile, acc);
+      store_rows<true, true>(tile, acc, next_y);
     }
   } else {
-    store_rows<false, true>(tile, acc);
+    store_rows<false, true>(tile, acc, next_y);
   }
   extra.store(tile, Vectors * V::kLanes);
 }

@@ -44,6 +44,17 @@ class LearnedThreads {
 
 constexpr int64_t kMaxGroups = 256;
 
+// Floats that are worth bringing near: they should stay in a core's own cache.
+constexpr int64_t kNearFloats = int64_t{1} << 17;
+
+// Reads through memory that other threads wrote. What is scattered all over it is then near: single lines from another
+// core's cache take several hundred cycles each, but in order the processor fetches many at a time.
+inline void bring_near(const float* memory, int64_t floats) {
+  if (floats > kNearFloats) return;
+  constexpr int64_t kLine = 16;
+  for (int64_t i = 0; i < floats; i += kLine) (void)*static_cast<const volatile float*>(memory + i);
+}
+
 constexpr int64_t kMostThreads = 64;  // that items are divided among
 
 // Items [begin, end) that are left of a thread's share: the thread takes them from the front, others from the back.
@@ -132,11 +143,15 @@ int64_t run_work(const ThreadPool& pool, Work& work, int64_t expected) {
       work.prepare(group, item % work.prepare_items);
       state.prepared[group].fetch_add(1, std::memory_order_release);
     }
+    int64_t entered = -1;  // group
     for (int64_t item; (item = next(state.computing)) >= 0;) {
+      const int64_t group = work.group_of(item);
       if (work.prepare_items > 0) {
-        const std::atomic<int64_t>& prepared = state.prepared[work.group_of(item)];
+        const std::atomic<int64_t>& prepared = state.prepared[group];
         while (prepared.load(std::memory_order_acquire) < work.prepare_items) std::this_thread::yield();
       }
+      if (group != entered) work.enter(group);
+      entered = group;
       try {
         work.compute(item);
       } catch (const std::bad_alloc&) {  // no exception may cross the pool, which is not ours

@@ -253,6 +253,7 @@ struct WinogradConv::Work {
   static constexpr int64_t survey_items = 0;
   void survey(int64_t) const {}
   void finish_survey() const {}
+  void enter(int64_t) const {}
   int64_t group_of(int64_t item) const { return item / static_cast<int64_t>(winograd.bundles_.size()); }
 
   void prepare(int64_t strip, int64_t item) {

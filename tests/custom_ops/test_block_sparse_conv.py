@@ -149,6 +149,13 @@ def test_strips_threads_and_batch(
     check(op, random_input(rng, batch, 53, *size), threads)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_panel_larger_than_the_cache(isa: str, rng: np.random.Generator, threads: int) -> None:
+    # The copy of the input has 1.3 MB: four strips, the last one of fewer rows.
+    op = models.random_op(rng, (21, 150, 3, 3), (8, 16), strides=[2, 2], pads=[1, 1, 1, 1])
+    check(op, random_input(rng, 1, 150, 46, 47), threads)
+
+
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("dilation", [1, 3])
 @pytest.mark.parametrize(("kernel", "pads"), [(1, [0, 0]), (3, [1, 1]), (7, [0, 5])])

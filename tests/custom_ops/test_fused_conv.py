@@ -77,6 +77,14 @@ def test_map_sizes(
     check(op, kind, random_input(rng, 1, 5, *size), rng)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("inputs", [31, 32, 40, 47, 48])
+def test_rows_fetched_ahead(isa: str, rng: np.random.Generator, inputs: int, threads: int) -> None:
+    # With 32 to 47 channels, a pointwise tile fetches the rows that a later one adds: 37 outputs are not whole groups.
+    op = models.random_op(rng, (37, inputs, 1, 1), (16, 8), 1.0, activation_min=0.0)
+    check(op, "Add", random_input(rng, 2, inputs, 13, 11), rng, threads)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("threads", "batch"), [(1, 1), (2, 1), (2, 9)])
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 1)])
