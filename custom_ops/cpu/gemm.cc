@@ -273,6 +273,7 @@ struct GemmKernel::Strips {
   int64_t survey_items = 0, groups = 1, prepare_items = 0, compute_items = 0;
 
   int64_t group_of(int64_t) const { return 0; }
+  void enter(int64_t) const {}
   void survey(int64_t) {}
   void finish_survey() {}
   void prepare(int64_t, int64_t) {}

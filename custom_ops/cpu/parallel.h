@@ -87,8 +87,8 @@ class Share {
 // Each of `expected` threads has a share of neighboring items, the same in every run, so that it finds in its own cache
 // what it used before: the weights, and what it wrote in the layer before. Who is done takes over from the others, so
 // nobody waits for a thread that has not yet started: a waiting thread waits only for items that others are working on.
-// `Work` needs: survey_items, groups, prepare_items, compute_items, survey, finish_survey, prepare, compute, group_of; at
-// most kMaxGroups groups, 2^31 items.
+// `Work` needs: survey_items, groups, prepare_items, compute_items, survey, finish_survey, prepare, enter (called by a thread
+// before its first item of a group), compute, group_of; at most kMaxGroups groups, 2^31 items.
 // `compute` may throw std::bad_alloc, the others nothing. Returns how many threads took part.
 template <class Work>
 int64_t run_work(const ThreadPool& pool, Work& work, int64_t expected) {
