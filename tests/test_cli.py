@@ -167,6 +167,8 @@ def test_optimize_writes_model_plan_and_report(
         "l2",
         "--seed",
         "5",
+        "--refine",
+        "7",
         "--save-plan",
         plan,
         "--report",
@@ -179,7 +181,15 @@ def test_optimize_writes_model_plan_and_report(
     ((called, config, rest),) = calls
     assert called == model
     assert config == Config(
-        0.25, (16, 64), importance="l2", reorder="greedy", gathers="keep", target="cuda", precision="bf16", seed=5
+        0.25,
+        (16, 64),
+        importance="l2",
+        reorder="greedy",
+        gathers="keep",
+        target="cuda",
+        precision="bf16",
+        refine=7,
+        seed=5,
     )
     assert (rest["plan"], rest["calibration"], rest["dump_passes"], rest["measure"]) == (None, None, tmp_path, False)
     onnx.checker.check_model(onnx.load(out))
