@@ -145,6 +145,12 @@ def test_where_it_cannot_be_the_recovery_has_all_samples(change: str, config: Co
     assert refined(network(text), replace(config, refine=None), n)[1] == ()  # nobody asked for it
 
 
+def test_batches_of_a_fixed_size_are_kept_whole() -> None:
+    text = TEXT.replace("float[N,", "float[24,")
+    assert "24 samples are too few" in refined(network(text), CONFIG, 24)[1][0]
+    assert " over 48 samples" in refined(network(text), CONFIG, 72)[1][0]
+
+
 def test_what_takes_minutes_is_done_only_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refine, "_MOST_WORK", 1000)
     assert refined(network(), replace(CONFIG, refine=None), 64)[1] == ()

@@ -94,7 +94,7 @@ def recover_and_refine(
     arguments = graph, candidates, model, config
     n = count(samples, inputs)
     unit = fixed_batch(inputs) or _ROUND
-    fitted = n - n // _HELD_OUT if n < 2 * unit else min(n - n // _HELD_OUT, n - 1) // unit * unit
+    fitted = (n - n // _HELD_OUT) // unit * unit
     if config.refine == 0 or not any(not c.why_dense for c in candidates):
         return recover(*arguments, samples, plan, progress), ()
     passes, why_not = _passes(candidates, model, config, n, fitted)
@@ -116,7 +116,7 @@ def _passes(
     candidates: Sequence[Candidate], model: onnx.ModelProto, config: Config, n: int, fitted: int
 ) -> tuple[int, str]:
     """How many passes over the samples to make, or why none."""
-    if n < _LEAST_SAMPLES or fitted >= n:
+    if n < _LEAST_SAMPLES or not fitted:
         return 0, f"{n} samples are too few to hold some out"
     if in_files(model) or model.ByteSize() > _MOST_BYTES:
         return 0, "the model is too large to be held several times"
