@@ -32,7 +32,7 @@ def provenance(seed: int) -> str:
 
 def _command() -> str:
     """The command line, without folders."""
-    return " ".join(["python", *(Path(word).name if Path(word).exists() else word for word in sys.argv)])
+    return " ".join(["python", *(path.name if (path := Path(word)).parent.exists() else word for word in sys.argv)])
 
 
 def fingerprint(model: onnx.ModelProto) -> str:
