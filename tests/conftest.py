@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tetris_onnx.cost import AVX512
-from tetris_onnx.machine import save_machine
+from tetris_onnx.timing.cost import AVX512
+from tetris_onnx.timing.machine import save_machine
 
 
 @pytest.fixture(autouse=True, scope="session")

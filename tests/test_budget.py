@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from models import Net
+from tetris_onnx.accuracy.sensitivity import Sensitivity, is_free
 from tetris_onnx.algorithms.allocation import BudgetError
 from tetris_onnx.budget import kept_blocks, network_budget, predicted_loss, spread
 from tetris_onnx.config import Config, LayerRule
-from tetris_onnx.cost import predict, predict_dense
 from tetris_onnx.graph import io
-from tetris_onnx.machine import load_machine
 from tetris_onnx.planner import Candidate, prepare, survey
-from tetris_onnx.sensitivity import Sensitivity, is_free
+from tetris_onnx.timing.cost import predict, predict_dense
+from tetris_onnx.timing.machine import load_machine
 
 
 @pytest.fixture(autouse=True)

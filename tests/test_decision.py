@@ -10,9 +10,9 @@ import pytest
 
 import tetris_onnx
 from models import Net
-from tetris_onnx.calibration import CalibrationError, Data, model_inputs
-from tetris_onnx.compare import compare
+from tetris_onnx.accuracy.compare import compare
 from tetris_onnx.config import Config, ConfigError
+from tetris_onnx.data.calibration import CalibrationError, Data, model_inputs
 from tetris_onnx.decision import Decision, DropError, Problem, split
 from tetris_onnx.graph import io
 from tetris_onnx.planner import prepare
@@ -55,7 +55,7 @@ def test_bisection_ends_at_the_sparsest_plan_that_is_good_enough(allowed: float)
 
 
 def test_sensitivities_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tetris_onnx import sensitivity
+    from tetris_onnx.accuracy import sensitivity
 
     calls = []
     measure = sensitivity.measure

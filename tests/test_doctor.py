@@ -14,10 +14,10 @@ import pytest
 from rich.console import Console
 
 from tetris_onnx import doctor
-from tetris_onnx.cost import AVX512
 from tetris_onnx.doctor import Check, Diagnosis, diagnose, print_diagnosis
-from tetris_onnx.measure import Measurement
-from tetris_onnx.processor import cpu_flags
+from tetris_onnx.timing.cost import AVX512
+from tetris_onnx.timing.measure import Measurement
+from tetris_onnx.timing.processor import cpu_flags
 
 
 def found() -> dict[str, Check]:
@@ -146,7 +146,7 @@ def test_the_cost_model_can_be_measured(monkeypatch: pytest.MonkeyPatch, tmp_pat
     check = found()["cost model"]
     assert check.value.startswith("built in for ") and "doctor --measure" in check.advice
     measured = Measurement(replace(AVX512, name="avx512"), 80, 0.034)
-    monkeypatch.setattr("tetris_onnx.measure.measure_machine", lambda: measured)
+    monkeypatch.setattr("tetris_onnx.timing.measure.measure_machine", lambda: measured)
     check = {c.name: c for c in diagnose(measure=True).checks}["cost model"]
     path = tmp_path / "tetris-onnx" / "machine.json"
     assert check.value == f"avx512: 80 timings, off by 3.4% (median), kept in {path}" and check.ok is None

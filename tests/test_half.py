@@ -13,11 +13,12 @@ from onnx import TensorProto, helper, numpy_helper
 
 from models import Net, op_counts, random_plan, run
 from tetris_onnx import Config, optimize, runtime
+from tetris_onnx.accuracy.verification import VerificationError, verify
 from tetris_onnx.config import LayerRule
 from tetris_onnx.graph import io
 from tetris_onnx.graph.layers import find_layers
 from tetris_onnx.graph.widen import rounding, widen
-from tetris_onnx.optimize import VerificationError, masked_dense, verify
+from tetris_onnx.optimize import masked_dense
 
 # A rule for all: small layers, too, are pruned.
 CONFIG = Config(block_size=(16, 16), layers=(LayerRule("*"),))

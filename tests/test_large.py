@@ -17,7 +17,7 @@ from large_model import write_large_model
 
 import tetris_onnx
 from models import relative_error
-from tetris_onnx import cli
+from tetris_onnx.cli import main as cli
 from tetris_onnx.graph import io, tensors
 
 WIDTH = 128

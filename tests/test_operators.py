@@ -11,9 +11,9 @@ import pytest
 from models import Net, block_sparse_nodes, op_counts
 from tetris_onnx import Config, Plan, optimize
 from tetris_onnx.config import LayerRule
-from tetris_onnx.cost import AVX512, Machine
 from tetris_onnx.graph import io
 from tetris_onnx.planner import Candidate, prepare, survey
+from tetris_onnx.timing.cost import AVX512, Machine
 
 WHOLE = Config(sparsity=0.0)
 POOL = {"kernel_shape": [2, 2], "strides": [2, 2]}

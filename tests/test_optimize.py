@@ -14,8 +14,9 @@ import pytest
 
 from models import Net, block_sparse_nodes, op_counts, random_feed, relative_error, run
 from tetris_onnx import runtime
-from tetris_onnx.calibration import Data
+from tetris_onnx.accuracy.verification import VerificationError, verify
 from tetris_onnx.config import Config, LayerRule
+from tetris_onnx.data.calibration import Data
 from tetris_onnx.graph import io
 from tetris_onnx.graph.io import ModelError
 from tetris_onnx.passes import PassError
@@ -181,7 +182,7 @@ def test_a_wrong_pass_is_found(
     change: Callable[[gs.Graph], None], monkeypatch: pytest.MonkeyPatch, first: Result
 ) -> None:
     spoil("absorb_gathers", monkeypatch, change)
-    with pytest.raises(pipeline.VerificationError, match="nothing was written"):
+    with pytest.raises(VerificationError, match="nothing was written"):
         optimize(network(), CONFIG, first.plan)
 
 
@@ -203,8 +204,8 @@ def test_a_final_softmax_does_not_hide_an_error() -> None:
     wrong.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(values, wrong.graph.initializer[0].name))
     for proto in (model, wrong):
         proto.graph.value_info.extend(onnx.shape_inference.infer_shapes(proto).graph.value_info)
-    with pytest.raises(pipeline.VerificationError):
-        pipeline.verify(wrong, model, 1e-4)
+    with pytest.raises(VerificationError):
+        verify(wrong, model, 1e-4)
 
 
 def test_a_sigmoid_of_next_to_nothing_is_no_error() -> None:
@@ -218,11 +219,11 @@ def test_a_sigmoid_of_next_to_nothing_is_no_error() -> None:
     other.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(values, other.graph.initializer[0].name))
     for proto in (model, other):
         proto.graph.value_info.extend(onnx.shape_inference.infer_shapes(proto).graph.value_info)
-    assert pipeline.verify(other, model, 1e-6) < 1e-6
+    assert verify(other, model, 1e-6) < 1e-6
     values = values * np.float32(1.01)
     other.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(values, other.graph.initializer[0].name))
-    with pytest.raises(pipeline.VerificationError):
-        pipeline.verify(other, model, 1e-6)
+    with pytest.raises(VerificationError):
+        verify(other, model, 1e-6)
 
 
 def test_no_temporary_files_are_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: Result) -> None:
@@ -279,7 +280,7 @@ def test_a_precision_that_ruins_the_output_writes_nothing(first: Result) -> None
     broken.CopyFrom(first.model)
     bias = next(t for t in broken.graph.initializer if t.dims == [10])
     bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + 100, bias.name))
-    with pytest.raises(pipeline.VerificationError, match="precision bf16 changes the output"):
+    with pytest.raises(VerificationError, match="precision bf16 changes the output"):
         pipeline.verify_precision(broken, first.model, "bf16")
 
 

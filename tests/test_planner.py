@@ -16,13 +16,13 @@ from tetris_onnx import planner
 from tetris_onnx.algorithms.permutation import is_identity
 from tetris_onnx.algorithms.reorder import Reordering
 from tetris_onnx.config import Config, LayerRule
-from tetris_onnx.cost import AVX512, LayerShape, predict, predict_dense
 from tetris_onnx.graph import io
 from tetris_onnx.graph.channels import gather_permutation
 from tetris_onnx.graph.layers import find_layers
 from tetris_onnx.plan import LayerPlan, Plan, PlanError
 from tetris_onnx.planner import inspect, layer_shapes, make_plan, match_plan, prepare, survey
-from tetris_onnx.report import LayerReport
+from tetris_onnx.reports.report import LayerReport
+from tetris_onnx.timing.cost import AVX512, LayerShape, predict, predict_dense
 
 
 def planned(net: Net, **options: object) -> tuple[Plan, dict[str, LayerReport]]:

@@ -21,12 +21,10 @@ import pytest
 from models import Net, random_feed
 from tetris_onnx import Config, optimize
 from tetris_onnx import sweep as module
-from tetris_onnx.bench import BenchResult, Machine
-from tetris_onnx.bench import Timing as ModelTiming
-from tetris_onnx.calibration import Data
-from tetris_onnx.cli import run
-from tetris_onnx.compare import compare
+from tetris_onnx.accuracy.compare import compare
+from tetris_onnx.cli.main import run
 from tetris_onnx.config import ConfigError
+from tetris_onnx.data.calibration import Data
 from tetris_onnx.sweep import (
     Outcome,
     Setting,
@@ -41,6 +39,8 @@ from tetris_onnx.sweep import (
     sweep,
     to_json,
 )
+from tetris_onnx.timing.bench import BenchResult, Machine
+from tetris_onnx.timing.bench import Timing as ModelTiming
 
 QUICK = Config(reorder="none")
 GRID = grid((0.25, 0.5, 0.75), ((4, 4), (8, 8)))

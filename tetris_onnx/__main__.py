@@ -1,6 +1,6 @@
 """``python -m tetris_onnx``: the command line."""
 
-from tetris_onnx.cli import main
+from tetris_onnx.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from tetris_onnx.accuracy.sensitivity import Sensitivity, is_free
 from tetris_onnx.algorithms.allocation import BudgetError, Options, allocate, kept_counts, kept_shares
 from tetris_onnx.algorithms.blocks import block_grid, keep_count
 from tetris_onnx.config import Config
 from tetris_onnx.planner import Candidate
-from tetris_onnx.sensitivity import Sensitivity, is_free
 
 _DENSE = "the allocation leaves it dense"
 

@@ -14,17 +14,17 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from tetris_onnx.calibration import CalibrationError, Data, InputSpec, Samples, count, fixed_batch, select
 from tetris_onnx.config import Config
-from tetris_onnx.cost import Machine
+from tetris_onnx.data.calibration import CalibrationError, Data, InputSpec, Samples, count, fixed_batch, select
 from tetris_onnx.operators import choose
 from tetris_onnx.passes import NewWeights
 from tetris_onnx.plan import Plan
 from tetris_onnx.planner import Candidate, Progress, make_plan, match_plan, survey
-from tetris_onnx.report import LayerReport
+from tetris_onnx.reports.report import LayerReport
+from tetris_onnx.timing.cost import Machine
 
 if TYPE_CHECKING:
-    from tetris_onnx.sensitivity import Sensitivity
+    from tetris_onnx.accuracy.sensitivity import Sensitivity
 
 # Halvings of the range of sparsities: the last one is 1.6 points wide.
 _TRIALS = 6
@@ -70,7 +70,7 @@ class Problem:
         elif config.allocation != "uniform":
             candidates, predictions = self._allocate(candidates, config)
         if self.samples is not None:
-            from tetris_onnx.refine import recover_and_refine  # brings scipy, which takes its time to load
+            from tetris_onnx.accuracy.refine import recover_and_refine  # brings scipy, which takes its time to load
 
             recovery, notes = recover_and_refine(
                 self.graph, candidates, self.model, config, self.samples, plan, self.progress
@@ -122,8 +122,8 @@ class Problem:
         self, candidates: list[Candidate], config: Config
     ) -> tuple[list[Candidate], dict[str, tuple[float, float]]]:
         """The candidates with the sparsities of the allocation; by layer, its sensitivity and its predicted loss."""
+        from tetris_onnx.accuracy.sensitivity import estimate, measure
         from tetris_onnx.budget import predicted_loss, spread
-        from tetris_onnx.sensitivity import estimate, measure
 
         if self.sensitivities is None:
             self.sensitivities = (

@@ -24,11 +24,11 @@ from rich.table import Table
 from tetris_onnx import runtime
 from tetris_onnx.graph.io import ModelError
 from tetris_onnx.graph.layers import DOMAIN, GEMM
-from tetris_onnx.machine import cache_path, load_machine, measured, save_machine
 from tetris_onnx.passes.set_precision import PRECISION_ATTRIBUTES
-from tetris_onnx.processor import ISA_VARIABLE, cpu_flags, cpu_name
 from tetris_onnx.runtime import import_onnxruntime
 from tetris_onnx.session import SessionError, open_session, run
+from tetris_onnx.timing.machine import cache_path, load_machine, measured, save_machine
+from tetris_onnx.timing.processor import ISA_VARIABLE, cpu_flags, cpu_name
 
 _MIN_ONNXRUNTIME = (1, 18)
 _PACKAGES = ("tetris-onnx", "numpy", "scipy", "onnx", "onnx-graphsurgeon")
@@ -176,7 +176,7 @@ def _cost_model() -> Check:
 
 
 def _measured() -> Check:
-    from tetris_onnx.measure import measure_machine
+    from tetris_onnx.timing.measure import measure_machine
 
     try:
         found = measure_machine()

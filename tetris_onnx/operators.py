@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import onnx_graphsurgeon as gs
 
 from tetris_onnx.algorithms.min_cut import least_labels
-from tetris_onnx.cost import LayerShape, layout_channels, predict_reorder
 from tetris_onnx.graph.layouts import Layout, is_pool_2x2, layout_of, reads_plain
 from tetris_onnx.graph.shapes import example_shapes
 from tetris_onnx.passes.fuse_epilogue import clip_bounds
 from tetris_onnx.passes.surgery import is_output, only_consumer
+from tetris_onnx.timing.cost import LayerShape, layout_channels, predict_reorder
 
 if TYPE_CHECKING:
     from tetris_onnx.planner import Candidate

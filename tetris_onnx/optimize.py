@@ -3,34 +3,44 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from tetris_onnx.accuracy.compare import compare
+from tetris_onnx.accuracy.quantization import InputRanges, input_ranges
+from tetris_onnx.accuracy.verification import (
+    REAL_SAMPLES,
+    comparable,
+    first_samples,
+    rounding_error,
+    verify,
+    verify_precision,
+)
 from tetris_onnx.algorithms.heatmap import Heatmap
-from tetris_onnx.calibration import CalibrationError, Data, InputSpec, Samples, count, fixed_batch, model_inputs, select
-from tetris_onnx.compare import compare
 from tetris_onnx.config import MEASURED_IMPORTANCES, Config, ConfigError
-from tetris_onnx.cost import Machine
+from tetris_onnx.data.calibration import (
+    CalibrationError,
+    Data,
+    Samples,
+    count,
+    fixed_batch,
+    model_inputs,
+    select,
+)
+from tetris_onnx.data.image_options import ImageOptions
+from tetris_onnx.data.images import load_data
 from tetris_onnx.decision import Decision, Problem, split
 from tetris_onnx.graph import io
 from tetris_onnx.graph.channels import gather_permutation
 from tetris_onnx.graph.io import ModelError
 from tetris_onnx.graph.layers import CONV_ADD, CONV_MAX_POOL
-from tetris_onnx.graph.outputs import before_squashing
-from tetris_onnx.graph.quantized import is_quantized, without_rounding
 from tetris_onnx.graph.tensors import TensorFile, inlined
-from tetris_onnx.graph.widen import rounding, widen
-from tetris_onnx.heatmaps import weight_maps
-from tetris_onnx.image_options import ImageOptions
-from tetris_onnx.images import load_data
-from tetris_onnx.machine import MEASURED, load_machine, measured, save_machine
 from tetris_onnx.passes import (
     NewWeights,
     Pass,
@@ -54,27 +64,16 @@ from tetris_onnx.passes import (
 )
 from tetris_onnx.plan import Plan
 from tetris_onnx.planner import OPEN_SIZES, Progress, prepare
-from tetris_onnx.quantization import InputRanges, input_ranges
-from tetris_onnx.report import LayerReport, Report
-from tetris_onnx.trial import Trial, try_out
+from tetris_onnx.reports.heatmaps import weight_maps
+from tetris_onnx.reports.report import LayerReport, Report
+from tetris_onnx.timing.cost import Machine
+from tetris_onnx.timing.machine import MEASURED, load_machine, measured, save_machine
+from tetris_onnx.timing.trial import Trial, try_out
 
-# Samples of the verification: few are enough, the check is of every value that the models give.
-_RANDOM_SAMPLES = 2
-# Largest error of a precision relative to max|y| that can still be rounding. A product of bfloat16 is off by up to
-# 2^-8, a byte by 1/510 of its layer's range; what is left of that after a network's sums is a percent or so, and a few
-# percent for bytes. The bounds are ten times that: beyond, the answers are not the network's any more.
-_MOST_ROUNDING = {"bf16": 0.1, "int8": 0.5}
-_REAL_SAMPLES = 16
 # Samples that the ranges of int8 inputs are taken from.
 _RANGE_SAMPLES = 64
 # How often layers that measured slower than dense are made dense; each time the others are measured again.
 _MOST_CHANGES = 3
-# Errors of a float16 weight's rounding are random and shrink in the sums: half of one, in a network of three layers.
-_WEIGHT_ROUNDINGS = 8
-
-
-class VerificationError(RuntimeError):
-    """The block-sparse model does not compute what it should; it must not be used."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +177,7 @@ def optimize(
                 config, max_drop, lambda found: _points_lost(source, found, labeled, weight_file)
             )
         plan, weights, rows = decision.plan, decision.weights, decision.rows
-    some = None if samples is None else _first(samples, model_inputs(source))
+    some = None if samples is None else first_samples(samples, model_inputs(source))
 
     def build(plan: Plan, weights: Mapping[str, NewWeights], folder: Path | None) -> _Verified:
         with clock.stage("rewrite"):
@@ -255,7 +254,7 @@ def _fitted_machine(clock: _Clock) -> Machine:
     machine = load_machine()
     if measured(machine):
         return machine
-    from tetris_onnx.measure import measure_machine
+    from tetris_onnx.timing.measure import measure_machine
 
     with clock.stage("fit cost model"):
         machine = measure_machine().machine
@@ -375,46 +374,6 @@ def _open(names: Collection[str]) -> Callable[[gs.Graph], None]:
     return partial(open_layers, names=names, quantized=True)
 
 
-def _first(samples: Samples, inputs: Sequence[InputSpec]) -> Samples:
-    """As many of the samples as the verification runs: whole batches where the model fixes their size."""
-    batch = fixed_batch(inputs) or 1
-    n = min(count(samples, inputs), -(-_REAL_SAMPLES // batch) * batch)
-    return select(samples, inputs, slice(n))
-
-
-def verify(model: onnx.ModelProto, reference: onnx.ModelProto, tolerance: float, data: Samples | None = None) -> float:
-    """The largest error of ``model`` relative to max|y| of ``reference``, on random inputs and on ``data``.
-
-    Models of float16 or bfloat16 are compared in float32 (see graph.widen), where only what the passes put into such a
-    weight is rounded (a BatchNormalization, a refit): 8 roundings of a weight are allowed for. Raises
-    `VerificationError` when the error is above ``tolerance`` (or not a number).
-    """
-    pair, data = _comparable(reference, model, data)
-    if rounding(model):
-        tolerance = max(tolerance, _WEIGHT_ROUNDINGS * rounding(model))
-    apart = any(io.is_large(each) for each in pair)
-    runs = [] if data is None else [compare(*pair, data, apart=apart)]
-    try:
-        runs.append(compare(*pair, samples=_RANDOM_SAMPLES, apart=apart))
-    except CalibrationError:  # no random input of a usual size suits the model: the user's data has to do
-        if data is None:
-            raise
-    shown = {output.name for output in pair[0].graph.output}
-    # A Sigmoid that gives next to nothing everywhere has no size to compare with: what is before it counts.
-    squashed = {name for name, values in before_squashing(pair[0]).items() if not shown.isdisjoint(values)}
-    error = max(
-        min(output.relative, output.max_abs) if output.name in squashed else output.relative
-        for run in runs
-        for output in run.outputs
-    )
-    if not error <= tolerance:
-        raise VerificationError(
-            f"the block-sparse model differs from the dense one with the same blocks zeroed by {error:.1e} of max|y| "
-            f"(at most {tolerance:.1e} is right); nothing was written. Please report this with the model"
-        )
-    return error
-
-
 def _with_ranges(
     rounded: Callable[[InputRanges | None], onnx.ModelProto], exact: onnx.ModelProto, samples: Samples
 ) -> _Rounded:
@@ -425,16 +384,16 @@ def _with_ranges(
     inputs = model_inputs(exact)
     batch = fixed_batch(inputs) or 1
     n = count(samples, inputs)
-    held = min(_REAL_SAMPLES, n // 4) // batch * batch
+    held = min(REAL_SAMPLES, n // 4) // batch * batch
     seen = min(_RANGE_SAMPLES, n - held) // batch * batch
     some, others = (
         select(samples, inputs, part) for part in (slice(seen), slice(n - held, n) if held else slice(seen))
     )
 
     def error(model: onnx.ModelProto) -> float:
-        return _rounding(model, exact, others)[1]
+        return rounding_error(model, exact, others)[1]
 
-    (wide, _), wide_samples = _comparable(exact, exact, some)
+    (wide, _), wide_samples = comparable(exact, exact, some)
     found = input_ranges(wide, wide_samples or some)
     models = {share: rounded(ranges) for share, ranges in found.items()}
     errors = {share: error(model) for share, model in models.items()}
@@ -446,67 +405,6 @@ def _with_ranges(
         f"{errors[best]:.1e} of max|y| on {whose}, {error(rounded(None)):.1e} with ranges found in each run"
     )
     return _Rounded(models[best], others, note)
-
-
-def verify_precision(
-    model: onnx.ModelProto, exact: onnx.ModelProto, precision: str, data: Samples | None = None
-) -> tuple[float, float]:
-    """Largest and mean error of ``model``, in ``precision``, relative to max|y| of ``exact``, the same in float32.
-
-    On ``data``, or on random inputs where there is none. Raises `VerificationError` when the largest error is beyond
-    what rounding alone can do (see ``_MOST_ROUNDING``).
-    """
-    most, mean, worst = _rounding(model, exact, data)
-    if not most <= _MOST_ROUNDING[precision]:
-        raise VerificationError(
-            f"precision {precision} changes the output {worst!r} by {most:.1e} of max|y|, too much "
-            "to be of use; nothing was written. Use another precision"
-        )
-    return most, mean
-
-
-def _rounding(model: onnx.ModelProto, exact: onnx.ModelProto, data: Samples | None) -> tuple[float, float, str]:
-    """Largest and mean error of ``model`` relative to max|y| of ``exact``, and the name of the output that has them."""
-    pair, data = _comparable(exact, model, data)
-    found = compare(*pair, data, samples=_RANDOM_SAMPLES, apart=any(io.is_large(each) for each in pair))
-    worst = max(found.outputs, key=lambda output: output.relative)
-    return worst.relative, found.mean_relative, worst.name
-
-
-def _comparable(
-    reference: onnx.ModelProto, model: onnx.ModelProto, data: Samples | None
-) -> tuple[tuple[onnx.ModelProto, onnx.ModelProto], Samples | None]:
-    """Both models and the samples in float32, with the values before a squashing function as further outputs.
-
-    Quantized values are not rounded (see graph.quantized).
-    """
-    shown = _before_squashing(reference, model)
-    pair = _with_outputs(reference, shown), _with_outputs(model, shown)
-    if is_quantized(reference):
-        pair = without_rounding(pair[0]), without_rounding(pair[1])
-    if not rounding(model):
-        return pair, data
-    halves = ("float16", "bfloat16")
-    data = data and {name: x.astype(np.float32) if x.dtype.name in halves else x for name, x in data.items()}
-    weight_file = io.open_weights() if any(io.is_large(each) for each in pair) else None
-    return (widen(pair[0], weight_file), widen(pair[1], weight_file)), data
-
-
-def _before_squashing(reference: onnx.ModelProto, model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
-    """Values of both models that end in a Softmax or the like, whose saturation would hide an error in them."""
-    types = {value.name: value for value in reference.graph.value_info}
-    common = {output for node in model.graph.node for output in node.output} & types.keys()
-    shown = {name: types[name] for names in before_squashing(reference).values() for name in names if name in common}
-    return list(shown.values())
-
-
-def _with_outputs(model: onnx.ModelProto, values: list[onnx.ValueInfoProto]) -> onnx.ModelProto:
-    if not values:
-        return model
-    extended = onnx.ModelProto()
-    extended.CopyFrom(model)
-    extended.graph.output.extend(values)
-    return extended
 
 
 def _notes(config: Config, plan: Plan, rows: list, rounding_error: tuple[float, float] | None) -> tuple[str, ...]:

@@ -18,22 +18,22 @@ import onnx_graphsurgeon as gs
 from joblib import Parallel, cpu_count, delayed
 from numpy.typing import ArrayLike, NDArray
 
-from tetris_onnx import cuda_cost
 from tetris_onnx.algorithms.blocks import block_grid, block_sums, fit_block_size, keep_count
 from tetris_onnx.algorithms.importance import importance
 from tetris_onnx.algorithms.reorder import BlockPruner, Reordering, reorder
 from tetris_onnx.config import Config, LayerConfig
-from tetris_onnx.cost import CACHED_WEIGHTS, LayerShape, Machine, predict, predict_dense
-from tetris_onnx.cuda_cost import OPEN_BATCH
 from tetris_onnx.graph import io
 from tetris_onnx.graph.layers import Layer, conv_window, find_layers, nested_layers
 from tetris_onnx.graph.shapes import EXAMPLE_SIZES, example_shapes
-from tetris_onnx.machine import load_machine
 from tetris_onnx.operators import WORTH_IT, choose, gain_of_whole, slower_reason
 from tetris_onnx.passes import Pass, fuse_batchnorm, normalize_layers, open_layers, run_passes
 from tetris_onnx.passes.lower_block_sparse import whole_block
 from tetris_onnx.plan import LayerPlan, Plan, PlanError
-from tetris_onnx.report import LayerReport
+from tetris_onnx.reports.report import LayerReport
+from tetris_onnx.timing import cuda_cost
+from tetris_onnx.timing.cost import CACHED_WEIGHTS, LayerShape, Machine, predict, predict_dense
+from tetris_onnx.timing.cuda_cost import OPEN_BATCH
+from tetris_onnx.timing.machine import load_machine
 
 # Called with (stage, steps done, all steps) while something takes its time.
 Progress: TypeAlias = Callable[[str, int, int], None]

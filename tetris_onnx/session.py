@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 
 from tetris_onnx import runtime
-from tetris_onnx.calibration import Samples
+from tetris_onnx.data.calibration import Samples
 from tetris_onnx.graph.io import ModelError, as_file, needs_file
 from tetris_onnx.graph.layers import DOMAIN
 

@@ -30,18 +30,18 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from tetris_onnx import __version__
+from tetris_onnx.accuracy.compare import compare
 from tetris_onnx.algorithms.allocation import BudgetError
-from tetris_onnx.bench import bench
-from tetris_onnx.calibration import Data, fixed_batch, model_inputs
-from tetris_onnx.compare import compare
 from tetris_onnx.config import Config, parse_block_size
-from tetris_onnx.cost import Machine
+from tetris_onnx.data.calibration import Data, fixed_batch, model_inputs
 from tetris_onnx.graph import io
-from tetris_onnx.machine import load_machine
 from tetris_onnx.optimize import optimize
 from tetris_onnx.planner import Progress
-from tetris_onnx.processor import cpu_name
 from tetris_onnx.runtime import get_library_path, import_onnxruntime
+from tetris_onnx.timing.bench import bench
+from tetris_onnx.timing.cost import Machine
+from tetris_onnx.timing.machine import load_machine
+from tetris_onnx.timing.processor import cpu_name
 
 _FORMAT = "tetris-onnx sweep 1"
 _IDENTITY = "sweep.json"

@@ -27,10 +27,10 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from tetris_onnx.bench import cpu_name
-from tetris_onnx.calibration import runnable_samples, session_inputs
-from tetris_onnx.profiling import wait_until_idle
+from tetris_onnx.data.calibration import runnable_samples, session_inputs
 from tetris_onnx.runtime import InferenceSession
+from tetris_onnx.timing.bench import cpu_name
+from tetris_onnx.timing.profiling import wait_until_idle
 
 TOLERANCE = 1e-4  # of the largest output: runs of one model on one input, however served
 

@@ -30,8 +30,8 @@ from tetris_onnx import session as sessions
 from tetris_onnx.config import Config, load_config
 from tetris_onnx.optimize import masked_dense
 from tetris_onnx.plan import Plan
-from tetris_onnx.profiling import placements
 from tetris_onnx.runtime import OpLibraryMissingError, get_library_path, import_onnxruntime
+from tetris_onnx.timing.profiling import placements
 
 NUMPY_TYPES = {"f16": np.float16, "tf32": np.float32, "f32": np.float32}
 ONNX_TYPES = {"f16": TensorProto.FLOAT16, "tf32": TensorProto.FLOAT, "f32": TensorProto.FLOAT}

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from shapes import Layer, read_layers
 from tetris_onnx.config import parse_block_size
-from tetris_onnx.cost import LayerShape
-from tetris_onnx.cuda_cost import choose_tile
+from tetris_onnx.timing.cost import LayerShape
+from tetris_onnx.timing.cuda_cost import choose_tile
 
 NETWORKS = ("vgg16", "resnet50")
 

@@ -14,7 +14,7 @@ compares two ways to compute the same block-sparse layer: `fraction` is the spee
     python custom_ops/bench/layers.py --network resnet50.onnx resnet50_bs.onnx --threads 1 -o resnet50.csv
 
 times the layers inside whole networks instead: of the first model, dense, and of each other one, a block-sparse form of
-it (tetris_onnx.bench, from onnxruntime's profile). The dense layer is then the fastest that onnxruntime has, in its own
+it (timing.bench, from onnxruntime's profile). The dense layer is then the fastest that onnxruntime has, in its own
 layout. Rows are added to the table (-o); those of the same models and threads are replaced.
 """
 
@@ -36,8 +36,8 @@ import onnxruntime
 from one_layer import random_layer  # beside this file
 from shapes import Layer, read_layers
 from tetris_onnx import runtime
-from tetris_onnx.bench import bench
-from tetris_onnx.processor import cpu_name
+from tetris_onnx.timing.bench import bench
+from tetris_onnx.timing.processor import cpu_name
 
 # Largest difference of the outputs over the largest. Rounding to bfloat16 is off by up to 2^-9 of each factor, to
 # bytes by up to 1/510 of the range; over the many products of an output the errors mostly cancel.

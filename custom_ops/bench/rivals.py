@@ -11,7 +11,7 @@ made from the dense model; one that does not run here is left out, and a line sa
 - OpenVINO float32, bfloat16, and int8 (the same quantized model);
 - torch float32 and bfloat16, channels last, as it is and compiled (torch.compile with frozen weights).
 
-Each takes and gives float32 NCHW arrays; conversions count. All take turns (tetris_onnx.bench), so that whatever slows
+Each takes and gives float32 NCHW arrays; conversions count. All take turns (timing.bench), so that whatever slows
 the machine slows all of them. `error` is the rounding that a rival adds: the root mean square of its difference to
 onnxruntime's float32 outputs over that of the outputs; a block-sparse model is another network, and has none.
 
@@ -38,10 +38,10 @@ import onnxruntime
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from tetris_onnx.bench import interleave
-from tetris_onnx.calibration import session_inputs
-from tetris_onnx.processor import cpu_name
+from tetris_onnx.data.calibration import session_inputs
 from tetris_onnx.runtime import InferenceSession
+from tetris_onnx.timing.bench import interleave
+from tetris_onnx.timing.processor import cpu_name
 
 Array = NDArray[np.float32]
 Run = Callable[[], Array]

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from one_layer import RandomLayer, dense_model, random_layer  # beside this file
 from shapes import Layer, read_layers
 from tetris_onnx import runtime
-from tetris_onnx.processor import cpu_name
+from tetris_onnx.timing.processor import cpu_name
 
 DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.27, 0.35, 0.5, 0.65, 0.8, 1.0)
 BLOCK_SIZES = (8, 16, 32, 64)

@@ -25,7 +25,7 @@ constexpr int64_t kSplits[] = {2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32};
 // What `microseconds` reckons with, for one multiprocessor of an H100: kilobytes a microsecond from the L2 cache and from
 // L1 and shared memory, millions of multiplications and additions a microsecond by type; what a program takes before its
 // first product and after its last, what sum_splits takes to start, the least time of a step. From data sheets and
-// published measurements; what is measured here goes into tiles.csv, which goes before it. tetris_onnx/cuda_cost.py
+// published measurements; what is measured here goes into tiles.csv, which goes before it. tetris_onnx/timing/cuda_cost.py
 // predicts with the same numbers (tests/custom_ops/cuda/test_choice.py).
 constexpr double kL2 = 42, kL1 = 225, kFill = 1.5, kSum = 2.0, kStep = 0.1;
 constexpr double kMultiplications[] = {3.75, 3.75, 1.875, 0.22};  // f16, bf16, tf32, f32

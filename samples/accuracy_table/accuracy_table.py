@@ -33,16 +33,16 @@ from rich.progress import track
 from tables import Table, TableError, fingerprint
 
 from tetris_onnx import Config, LayerRule, Plan
-from tetris_onnx.activations import Activations
+from tetris_onnx.accuracy.activations import Activations
+from tetris_onnx.accuracy.compare import compare
+from tetris_onnx.accuracy.recovery import layer_samples, recover
 from tetris_onnx.algorithms.blocks import keep_count, keep_largest
-from tetris_onnx.calibration import Data, Samples, count, load_samples, model_inputs
-from tetris_onnx.compare import compare
+from tetris_onnx.data.calibration import Data, Samples, count, load_samples, model_inputs
+from tetris_onnx.data.images import load_data
 from tetris_onnx.graph import io
-from tetris_onnx.images import load_data
 from tetris_onnx.optimize import masked_dense
 from tetris_onnx.passes import NewWeights
 from tetris_onnx.planner import Candidate, make_plan, match_plan, prepare, survey
-from tetris_onnx.recovery import layer_samples, recover
 
 SAMPLE = Path(__file__).resolve().parents[1] / "fashion_mnist"
 KEY = ["sparsity", "block_size", "reorder", "recovery"]

@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 
 from tetris_onnx.graph.io import write_atomically
-from tetris_onnx.processor import cpu_name
+from tetris_onnx.timing.processor import cpu_name
 
 
 class TableError(ValueError):

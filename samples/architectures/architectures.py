@@ -24,8 +24,8 @@ import onnx
 import typer
 
 from tetris_onnx import Config, optimize
-from tetris_onnx.bench import bench
-from tetris_onnx.calibration import model_inputs, random_samples
+from tetris_onnx.data.calibration import model_inputs, random_samples
+from tetris_onnx.timing.bench import bench
 
 COLUMNS = ["model", "precision", "layers", "pruned", "gathers", "fused", "error"]
 COLUMNS += ["dense_ms", "ms", "speedup", "dense_ms_2", "ms_2", "speedup_2", "not_pruned"]

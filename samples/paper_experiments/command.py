@@ -16,7 +16,7 @@ from image_data import ImageDataError, Images, load_images, load_sample
 from numpy.typing import NDArray
 from tables import TableError
 
-from tetris_onnx.calibration import CalibrationError, Data, model_inputs
+from tetris_onnx.data.calibration import CalibrationError, Data, model_inputs
 from tetris_onnx.graph import io
 from tetris_onnx.graph.io import ModelError
 

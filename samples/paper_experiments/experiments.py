@@ -38,10 +38,10 @@ from plots import draw  # noqa: E402
 from tables import Table, fingerprint  # noqa: E402
 
 from tetris_onnx import Config, LayerPlan, Plan, optimize, save  # noqa: E402
-from tetris_onnx.bench import bench  # noqa: E402
-from tetris_onnx.calibration import Data, Samples  # noqa: E402
+from tetris_onnx.data.calibration import Data, Samples  # noqa: E402
 from tetris_onnx.graph import io  # noqa: E402
 from tetris_onnx.planner import prepare, survey  # noqa: E402
+from tetris_onnx.timing.bench import bench  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import nn

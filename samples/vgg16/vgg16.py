@@ -24,10 +24,10 @@ from command import ALL_STEPS, BlockSizes, Output, Quick, Recovery, Seconds, Spa
 from experiments import Settings, Subject
 from random_vgg16 import vgg16
 
-from tetris_onnx.calibration import Data, load_samples, model_inputs, random_samples
 from tetris_onnx.config import load_config
+from tetris_onnx.data.calibration import Data, load_samples, model_inputs, random_samples
+from tetris_onnx.data.images import load_data
 from tetris_onnx.graph import io
-from tetris_onnx.images import load_data
 
 if TYPE_CHECKING:
     import onnx

@@ -38,7 +38,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from models import Net  # noqa: E402
-from tetris_onnx import cli, optimize  # noqa: E402
+from tetris_onnx import optimize  # noqa: E402
+from tetris_onnx.cli import main as cli  # noqa: E402
 from tetris_onnx.config import Config, LayerRule  # noqa: E402
 
 SECONDS = 20  # of processor time, for one file

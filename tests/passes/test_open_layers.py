@@ -10,8 +10,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from models import Net, check_rewrite, op_counts, random_feed, random_plan, run, weights_of
-from tetris_onnx.calibration import Data
 from tetris_onnx.config import Config, LayerRule
+from tetris_onnx.data.calibration import Data
 from tetris_onnx.graph import io
 from tetris_onnx.graph.layers import find_layers
 from tetris_onnx.graph.quantized import is_quantized, value_range, without_rounding

@@ -16,7 +16,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from tetris_onnx import Config, optimize  # noqa: E402
-from tetris_onnx.compare import compare  # noqa: E402
+from tetris_onnx.accuracy.compare import compare  # noqa: E402
 from tetris_onnx.torch import apply_masks, remove_masks  # noqa: E402
 
 SAMPLES = Path(__file__).parents[2] / "samples"

@@ -18,7 +18,7 @@ import onnx.parser
 import pytest
 from onnx import numpy_helper
 
-from tetris_onnx.calibration import Data
+from tetris_onnx.data.calibration import Data
 
 SAMPLES = Path(__file__).parents[2] / "samples"
 TEXT = """

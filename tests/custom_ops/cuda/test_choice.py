@@ -11,7 +11,7 @@ import pytest
 
 from tests.custom_ops.cuda import stand_in
 from tests.custom_ops.cuda.stand_in import StandIn
-from tetris_onnx.cuda_cost import choose_tile
+from tetris_onnx.timing.cuda_cost import choose_tile
 
 sys.path.insert(0, str(stand_in.OPS / "bench"))
 import gpu_library

@@ -13,11 +13,11 @@ from rich.console import Console
 from models import Net, random_feed, random_plan, rewrite, run  # of tests/
 from tests.custom_ops.cuda.stand_in import StandIn
 from tetris_onnx import runtime
-from tetris_onnx.bench import BenchResult, Machine, Timing, bench, print_bench
 from tetris_onnx.optimize import masked_dense
 from tetris_onnx.plan import Plan
-from tetris_onnx.profiling import Placement, placement, placements
 from tetris_onnx.session import DEVICES, PROVIDERS, SessionError, open_session
+from tetris_onnx.timing.bench import BenchResult, Machine, Timing, bench, print_bench
+from tetris_onnx.timing.profiling import Placement, placement, placements
 
 
 def residual_model() -> tuple[onnx.ModelProto, Plan]:

@@ -1,0 +1,1 @@
+"""Samples of a model's inputs: files and folders of images, checked and in batches."""
