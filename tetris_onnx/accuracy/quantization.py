@@ -17,6 +17,7 @@ from onnx import numpy_helper
 
 from tetris_onnx.data.calibration import Samples, batches, model_inputs
 from tetris_onnx.graph.layers import DOMAIN, GEMM, OUR_OPS
+from tetris_onnx.graph.outputs import with_outputs
 from tetris_onnx.session import open_session, run
 
 # By the name of a node: the least and the largest value of its input that has a byte of its own.
@@ -39,12 +40,8 @@ def input_ranges(model: onnx.ModelProto, samples: Samples) -> dict[float, InputR
     nodes = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in OUR_OPS]
     given = {spec.name for spec in inputs}
     shown = sorted({node.input[0] for node in nodes} - given)
-    extended = onnx.ModelProto()
-    extended.CopyFrom(model)
-    del extended.graph.output[:]
-    extended.graph.output.extend(onnx.ValueInfoProto(name=name) for name in shown)
     channels = {node.name: _used_channels(node, model.graph) for node in nodes}
-    session = open_session(extended) if shown else None
+    session = open_session(with_outputs(model, shown)) if shown else None
     parts = list(batches(samples, inputs, 1))
     rng = np.random.default_rng(0)
     ends = {node.name: (0.0, 0.0) for node in nodes}  # bytes have one for 0

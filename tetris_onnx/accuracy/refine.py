@@ -33,6 +33,7 @@ from tetris_onnx.data.calibration import InputSpec, Samples, batches, count, fix
 from tetris_onnx.graph import io
 from tetris_onnx.graph.backward import Backward, UnknownDerivativeError
 from tetris_onnx.graph.layers import Layer
+from tetris_onnx.graph.outputs import with_outputs
 from tetris_onnx.graph.tensors import in_files
 from tetris_onnx.passes.pipeline import Pass, run_passes
 from tetris_onnx.passes.set_weights import NewWeights, set_weights
@@ -95,10 +96,11 @@ def recover_and_refine(
     n = count(samples, inputs)
     unit = fixed_batch(inputs) or _ROUND
     fitted = (n - n // _HELD_OUT) // unit * unit
-    if config.refine == 0 or not any(not c.why_dense for c in candidates):
+    layers = [c.layer for c in candidates if not c.layer.why_dense and not c.options.skip]
+    passes = _default_passes(layers, n, fitted) if config.refine is None else config.refine
+    if passes == 0 or not any(not c.why_dense for c in candidates):
         return recover(*arguments, samples, plan, progress), ()
-    passes, why_not = _passes(candidates, model, config, n, fitted)
-    if why_not:
+    if why_not := _why_not(layers, model, config, n, fitted):
         notes = () if config.refine is None else (f"not refined: {why_not}",)
         return recover(*arguments, samples, plan, progress), notes
     held_out = np.zeros(n, bool)
@@ -112,34 +114,32 @@ def recover_and_refine(
     return replace(recovery, weights=weights), (note,)
 
 
-def _passes(
-    candidates: Sequence[Candidate], model: onnx.ModelProto, config: Config, n: int, fitted: int
-) -> tuple[int, str]:
-    """How many passes over the samples to make, or why none."""
+def _default_passes(layers: Sequence[Layer], n: int, fitted: int) -> int:
+    """How many passes over the samples to make where nobody says: as many as take a minute or two, if any do."""
+    if n < _ENOUGH_SAMPLES or not fitted:
+        return 0
+    work = _TIMES_FORWARD * fitted * sum(x.multiplications or 0 for x in layers)
+    updates = -(-fitted // _batch(fitted))
+    return min(_MOST_PASSES, -(-_UPDATES // updates), _MOST_WORK // max(work, 1))
+
+
+def _why_not(layers: Sequence[Layer], model: onnx.ModelProto, config: Config, n: int, fitted: int) -> str:
+    """Why the ``layers`` cannot be refined; nothing if they can."""
     if n < _LEAST_SAMPLES or not fitted:
-        return 0, f"{n} samples are too few to hold some out"
+        return f"{n} samples are too few to hold some out"
     if in_files(model) or model.ByteSize() > _MOST_BYTES:
-        return 0, "the model is too large to be held several times"
-    layers = [c.layer for c in candidates if not c.layer.why_dense and not c.options.skip]
+        return "the model is too large to be held several times"
     try:
         backward = Backward(model)
         for value, _ in backward.targets():
             backward.seed(value, value)
     except UnknownDerivativeError as error:
-        return 0, str(error)
-    known = backward.gradients([x.name for x in layers])
-    if not known:
-        return 0, "no gradients are known by the layers: an operator behind them has no known derivative"
+        return str(error)
+    if not backward.gradients([x.name for x in layers]):
+        return "no gradients are known by the layers: an operator behind them has no known derivative"
     if _bytes_of_sample(backward.model([], [])) * (fixed_batch(model_inputs(model)) or 1) > config.memory:
-        return 0, "a single sample takes more than the memory allowed"
-    if config.refine is not None:
-        return config.refine, ""
-    if n < _ENOUGH_SAMPLES:
-        return 0, f"{n} samples are few"
-    work = _TIMES_FORWARD * fitted * sum(x.multiplications or 0 for x in layers)
-    updates = -(-fitted // _batch(fitted))
-    passes = min(_MOST_PASSES, -(-_UPDATES // updates), _MOST_WORK // max(work, 1))
-    return passes, "" if passes else "it would take minutes: ask for it by a number of passes"
+        return "a single sample takes more than the memory allowed"
+    return ""
 
 
 def _batch(fitted: int) -> int:
@@ -263,11 +263,7 @@ class _Student:
         self.model = backward.model(results, given, free)
         self._gradients = open_session(self.model, threads=config.workers)
         self._errors = open_session(backward.model(errors, given, free), threads=config.workers)
-        teacher = onnx.ModelProto()
-        teacher.CopyFrom(dense)
-        del teacher.graph.output[:]
-        teacher.graph.output.extend(onnx.ValueInfoProto(name=value) for value, _ in self._targets)
-        self._dense = open_session(teacher, threads=config.workers)
+        self._dense = open_session(with_outputs(dense, (value for value, _ in self._targets)), threads=config.workers)
 
     def variances(self, samples: Samples, batch: int) -> list[float]:
         """Of each target of the dense network the sum of its values' variances over the samples."""

@@ -225,11 +225,8 @@ def optimize(
     if speedup is not None:
         refuse_together("--speedup", {"--sparsity": sparsity})
     images = parse_image_options(mean, std, scale, layout, image_size, bgr)
-    chosen = _config(
-        config, sparsity, block_size, gathers, reorder, importance, seed, target, allocation, speedup, precision
-    )
-    chosen = replace(chosen, memory=int(min(memory, 1e9) * 1e9), threads=threads or chosen.threads)
-    chosen = chosen if refine is None else replace(chosen, refine=refine)
+    options = config, sparsity, block_size, gathers, reorder, importance, seed, target, allocation, speedup
+    chosen = replace(_config(*options, precision, threads, refine), memory=int(min(memory, 1e9) * 1e9))
     if chosen.importance in MEASURED_IMPORTANCES and calibration is None:
         raise UsageError(
             f"importance {chosen.importance} is measured on samples: give --calibration FILE.npz, or use l1 or l2"
@@ -306,8 +303,7 @@ def inspect(
     json: Json = False,
 ) -> None:
     """List the layers of MODEL: shapes, which can be pruned, why not, and what pruning could win."""
-    chosen = _config(config, sparsity, block_size, precision=precision)
-    chosen = replace(chosen, threads=threads or chosen.threads)
+    chosen = _config(config, sparsity, block_size, precision=precision, threads=threads)
 
     from tetris_onnx.planner import OPEN_SIZES
     from tetris_onnx.planner import inspect as run_inspect
@@ -497,6 +493,8 @@ def _config(
     allocation: str | None = None,
     speedup: float | None = None,
     precision: str | None = None,
+    threads: int | None = None,
+    refine: int | None = None,
 ) -> Config:
     """The config file's options with those of the command line on top."""
     if path is not None:
@@ -512,6 +510,8 @@ def _config(
         "allocation": "latency" if speedup is not None and allocation is None else allocation,
         "speedup": speedup,
         "precision": precision,
+        "threads": threads,
+        "refine": refine,
     }
     return load_config_with(path, values)
 

@@ -17,7 +17,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper, shape_inference
 
-from tetris_onnx.graph.outputs import before_squashing
+from tetris_onnx.graph.outputs import before_squashing, with_outputs
 
 
 class UnknownDerivativeError(ValueError):
@@ -101,11 +101,8 @@ class Backward:
         self, outputs: Sequence[str], inputs: Sequence[onnx.ValueInfoProto], free: Collection[str] = ()
     ) -> onnx.ModelProto:
         """The model that gives ``outputs`` for its own inputs and ``inputs``; the constants ``free`` are inputs too."""
-        model = onnx.ModelProto()
-        model.CopyFrom(self._model)
+        model = with_outputs(self._model, outputs)
         graph = model.graph
-        del graph.output[:]
-        graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
         graph.input.extend(inputs)
         for i in reversed(range(len(graph.initializer))):
             tensor = graph.initializer[i]

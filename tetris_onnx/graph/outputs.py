@@ -1,12 +1,23 @@
-"""The values that a model's outputs are made from, before a squashing function that hides differences in them."""
+"""What a model gives: other values than its outputs, and those that a squashing function hides differences in."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import onnx
 
 _SQUASHING = frozenset(("HardSigmoid", "LogSoftmax", "Sigmoid", "Softmax", "Tanh"))
 _RESHAPING = frozenset(("Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
 _MAX_TAIL = 8
+
+
+def with_outputs(model: onnx.ModelProto, values: Iterable[str]) -> onnx.ModelProto:
+    """A copy of the model that gives ``values`` in the place of its outputs; their types are left to who runs it."""
+    other = onnx.ModelProto()
+    other.CopyFrom(model)
+    del other.graph.output[:]
+    other.graph.output.extend(onnx.ValueInfoProto(name=value) for value in values)
+    return other
 
 
 def before_squashing(model: onnx.ModelProto) -> dict[str, list[str]]:
