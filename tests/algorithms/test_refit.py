@@ -199,3 +199,45 @@ def test_rescaling_finds_a_factor_and_a_shift_per_output() -> None:
     np.testing.assert_allclose(bias, shift, atol=1e-4)
     worthless = LayerSamples(u, rng.standard_normal((20, 3)).astype(np.float32), weight).rescale()[0] / weight
     assert worthless.min() >= 0.5 and worthless.max() <= 2, "noise does not turn an output off or around"
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_rows_fitted_together_come_out_as_alone(clip: bool) -> None:
+    """Each row with a support of its own (one of them empty), in bundles of several rows: the same as row by row."""
+    rng = np.random.default_rng(5)
+    out, features = 70, 20
+    u = (rng.standard_normal((300, features)) @ rng.standard_normal((features, features))).astype(np.float32)
+    weight = rng.standard_normal((out, features)).astype(np.float32)
+    y = (u @ weight.T + rng.standard_normal(out)).astype(np.float32)
+    keep = rng.random((out, features)) < 0.4
+    keep[3] = False
+    bounds = (0.0, 4.0) if clip else (-np.inf, np.inf)
+    together = LayerSamples(u, y, weight)
+    fitted, bias = together.refit(keep, bounds)
+    assert not fitted[~keep].any()
+    for row in range(out):
+        alone = LayerSamples(u, y[:, [row]], weight[[row]]).refit(keep[[row]], bounds)
+        np.testing.assert_allclose(fitted[row], alone[0][0], atol=1e-3)  # float32 products of 300 samples
+        np.testing.assert_allclose(bias[row], alone[1][0], atol=1e-3)
+
+
+def test_of_many_supports_some_choose_the_damping(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(6)
+    u = rng.standard_normal((200, FEATURES)).astype(np.float32)
+    weight = rng.standard_normal((40, FEATURES)).astype(np.float32)
+    samples = LayerSamples(u, (u @ weight.T).astype(np.float32), weight)
+    asked = []
+    chosen = iter([samples._lam(0.1), samples._lam(10.0)] * 8)
+
+    def best_damping(rows: NDArray[np.int64], features: NDArray[np.int64]) -> float:
+        asked.append(rows.tolist())
+        return next(chosen)
+
+    monkeypatch.setattr(samples, "_best_damping", best_damping)
+    keep = rng.random(weight.shape) < 0.6
+    assert len(np.unique(keep, axis=0)) == 40
+    fitted, _ = samples.refit(keep, choose_damping=True)
+    assert len(asked) == 16 and sorted(asked)[0] == [0] and sorted(asked)[-1] == [39]
+    monkeypatch.undo()
+    fixed, _ = LayerSamples(u, (u @ weight.T).astype(np.float32), weight, damping=1.0).refit(keep)
+    np.testing.assert_allclose(fitted, fixed, atol=1e-6)  # 1: the geometric mean of .1 and 10

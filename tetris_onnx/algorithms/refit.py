@@ -21,7 +21,7 @@ Before a ReLU, outputs below zero are all the same: `LayerSamples.refit` can fit
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -37,6 +37,12 @@ _DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 _PARTS = 16  # of a large product
 _HELD_OUT = 4  # one in so many inputs of the network
 _CLIP_ITERATIONS = 4
+# Sets of rows with one support: small ones are fitted together, up to so many rows and bytes of factors, and of more
+# than so many sets some say for all which damping is best.
+_ROWS_TOGETHER = 32
+_FACTOR_BYTES = 2**28
+_CHOOSING = 16
+_MOST_COPIED = 0.75  # of all features: more of them are not worth a copy of their samples
 _FACTORS = (0.5, 2.0)  # by which an output may be scaled
 
 
@@ -203,43 +209,65 @@ class LayerSamples:
         after the clip in every iteration (majorize and minimize).
 
         ``choose_damping``: take, for each set of rows with one support, the damping whose weights fit held-out samples
-        and their means over an input best. One in four inputs of the network is held out: samples of one are alike.
+        and their means over an input best; where there are many sets, the mean of some of them for all. One in four
+        inputs of the network is held out: samples of one are alike.
         """
         supports: dict[bytes, list[int]] = {}
         for row, mask in enumerate(keep):
             supports.setdefault(np.packbits(mask).tobytes(), []).append(row)
+        sets = [_Rows(np.array(rows), np.flatnonzero(keep[rows[0]])) for rows in supports.values()]
         low, high = (np.broadcast_to(np.asarray(bound, self.y.dtype), self.y.shape) for bound in bounds)
         clipped = not (np.all(np.isneginf(bounds[0])) and np.all(np.isposinf(bounds[1])))
         chosen = choose_damping and self._held_out is not None
         if not self.few:
             _ = self.hessian, self._products, self._held_out_means if chosen else None  # once, for all threads
+        dampings = self._best_dampings(sets, workers) if chosen else [self.damping] * len(sets)
+        bundles = self._bundles(sets, dampings)
 
-        def fit(rows: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-            s = np.flatnonzero(keep[rows[0]])
-            if not s.size:
-                return np.zeros((rows.size, 0)), self.mean_out[rows]
-            u = self.u[:, s] if clipped or self.few else None
-            solve = self._solver(rows, s, u, self._best_damping(rows, s) if chosen else self.damping)
-            weight, mean = solve(None), self.mean_out[rows]
-            if u is None or not clipped:
-                return weight, mean - weight @ self.mean_in[s]
-            root = np.sqrt(self._share) if self._share is not None else np.ones((1, 1), self.y.dtype)
-            raw = self.y[:, rows] / root + self.mean_out[rows].astype(self.y.dtype)
-            least, most = low[:, rows], high[:, rows]
-            below, above = raw <= least, raw >= most
-            for _ in range(_CLIP_ITERATIONS):
-                fitted = u @ weight.T.astype(u.dtype) / root + mean.astype(u.dtype)
-                target = np.where(below, np.minimum(fitted, least), raw)
-                target = np.where(above, np.maximum(fitted, most), target)
-                mean = self._mean(target)
-                weight = solve((target - mean.astype(target.dtype)) * root)
-            return weight, mean - weight @ self.mean_in[s]
+        def fit(bundle: Sequence[tuple[_Rows, float]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+            rows = np.concatenate([part.rows for part, _ in bundle])
+            features = np.flatnonzero(keep[rows].any(axis=0))
+            mean = self.mean_out[rows]
+            if not self.few and features.size > _MOST_COPIED * self.features:
+                features = np.arange(self.features)
+            u = None
+            if clipped or self.few:
+                u = self.u[:, features] if features.size < self.features else self.u
+            solve = self._solver(bundle, features, u)
+            weight = solve(None)
+            if clipped and u is not None:
+                root = np.sqrt(self._share) if self._share is not None else np.ones((1, 1), self.y.dtype)
+                raw = self.y[:, rows] / root + self.mean_out[rows].astype(self.y.dtype)
+                least, most = low[:, rows], high[:, rows]
+                below, above = raw <= least, raw >= most
+                for _ in range(_CLIP_ITERATIONS):
+                    fitted = u @ weight.T.astype(u.dtype) / root + mean.astype(u.dtype)
+                    target = np.where(below, np.minimum(fitted, least), raw)
+                    target = np.where(above, np.maximum(fitted, most), target)
+                    mean = self._mean(target)
+                    weight = solve((target - mean.astype(target.dtype)) * root)
+            whole = np.zeros((rows.size, self.features))
+            whole[:, features] = weight
+            return whole, mean - weight @ self.mean_in[features]
 
-        groups = [np.array(rows) for rows in supports.values()]
         weight, bias = np.zeros(keep.shape), np.empty(len(keep))
-        for rows, fitted in zip(groups, run_threads(fit, [(rows,) for rows in groups], workers), strict=True):
-            weight[np.ix_(rows, np.flatnonzero(keep[rows[0]]))], bias[rows] = fitted
+        for bundle, fitted in zip(bundles, run_threads(fit, [(bundle,) for bundle in bundles], workers), strict=True):
+            rows = np.concatenate([part.rows for part, _ in bundle])
+            weight[rows], bias[rows] = fitted
         return weight, bias
+
+    def _bundles(self, sets: Sequence[_Rows], dampings: Sequence[float]) -> list[list[tuple[_Rows, float]]]:
+        """The sets of rows that are fitted together, with the damping of each: one pass over the samples serves all."""
+        bundles: list[list[tuple[_Rows, float]]] = []
+        rows, size = _ROWS_TOGETHER, 0
+        for part, damping in zip(sets, dampings, strict=True):
+            factor = part.features.size**2 * np.dtype(np.float64).itemsize
+            if self.few or rows + part.rows.size > _ROWS_TOGETHER or size + factor > _FACTOR_BYTES:
+                bundles.append([])
+                rows, size = 0, 0
+            bundles[-1].append((part, damping))
+            rows, size = rows + part.rows.size, size + factor
+        return bundles
 
     def rescale(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The dense weights with a factor per output, and the bias [out] with them, that fit the targets best.
@@ -255,35 +283,53 @@ class LayerSamples:
         return weight, self.mean_out - weight @ self.mean_in
 
     def _solver(
-        self, rows: NDArray[np.int64], s: NDArray[np.int64], u: NDArray | None, damping: float
+        self, bundle: Sequence[tuple[_Rows, float]], features: NDArray[np.int64], u: NDArray | None
     ) -> Callable[[NDArray | None], NDArray[np.float64]]:
-        """What makes weights [rows, s] of targets [n, rows] without their mean; None: of the dense outputs.
+        """What makes weights [rows, features] of targets [n, rows] without their mean; None: of the dense outputs.
 
-        ``u`` [n, s]: the features' samples, which targets other than None and few samples need.
+        ``features``: those of the whole bundle, ``u`` [n, features] their samples, which targets other than None and
+        few samples need.
         """
-        towards = self.weight[np.ix_(rows, s)]
+        rows = np.concatenate([part.rows for part, _ in bundle])
+        towards = self.weight[np.ix_(rows, features)]
         if self.few:
             assert u is not None
-            part, inner = u, self._inner_factor(u, damping)
+            ((_, damping),) = bundle
+            inner = self._inner_factor(u, damping)
 
             def solve(target: NDArray | None) -> NDArray[np.float64]:
-                residual = (self.y[:, rows] if target is None else target) - part @ towards.T
-                return towards + linalg.cho_solve(inner, residual, check_finite=False).T @ part
+                residual = (self.y[:, rows] if target is None else target) - u @ towards.T
+                return towards + linalg.cho_solve(inner, residual, check_finite=False).T @ u
 
             return solve
-        hessian = self.hessian[np.ix_(s, s)]
-        hessian[np.diag_indices_from(hessian)] += damping - self.damping
-        factor = cholesky(hessian)
+        factors = []
+        starts = np.cumsum([0, *(part.rows.size for part, _ in bundle)])
+        for start, (part, damping) in zip(starts, bundle, strict=False):
+            if part.features.size:
+                hessian = self.hessian[np.ix_(part.features, part.features)]
+                hessian[np.diag_indices_from(hessian)] += damping - self.damping
+                where = np.ix_(start + np.arange(part.rows.size), np.searchsorted(features, part.features))
+                factors.append((where, damping, cholesky(hessian)))
 
         def solve_moments(target: NDArray | None) -> NDArray[np.float64]:
             if target is None:
-                products = self._products[np.ix_(rows, s)]
+                products = self._products[np.ix_(rows, features)]
             else:
                 assert u is not None
                 products = (target.T @ u).astype(np.float64) / len(u)
-            return linalg.cho_solve(factor, (products + damping * towards).T, check_finite=False).T
+            weight = np.zeros(products.shape)
+            for where, damping, factor in factors:
+                given = products[where] + damping * towards[where]
+                weight[where] = linalg.cho_solve(factor, given.T, check_finite=False).T
+            return weight
 
         return solve_moments
+
+    def _best_dampings(self, sets: Sequence[_Rows], workers: int | None) -> list[float]:
+        """For each set of rows the damping that fits the held-out samples best; of many sets the mean of some's."""
+        some = np.unique(np.linspace(0, len(sets) - 1, _CHOOSING).round().astype(np.int64))
+        best = run_threads(self._best_damping, [(sets[i].rows, sets[i].features) for i in some], workers)
+        return best if len(best) == len(sets) else [float(np.exp(np.log(best).mean()))] * len(sets)
 
     def _best_damping(self, rows: NDArray[np.int64], s: NDArray[np.int64]) -> float:
         """The damping that fits the held-out samples best, for weights [rows, s].
@@ -293,6 +339,8 @@ class LayerSamples:
         """
         towards, held = self.weight[np.ix_(rows, s)], self._held_out
         assert held is not None
+        if not s.size:
+            return self.damping
         if self.few:
             u, y = (array - array[~held].mean(axis=0) for array in (self.u[:, s], self.y[:, rows]))
             missing = (y - u @ towards.T)[~held]
@@ -335,6 +383,14 @@ class LayerSamples:
         inner = (u @ u.T).astype(np.float64)
         inner[np.diag_indices_from(inner)] += len(u) * damping
         return cholesky(inner)
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Rows of a weight that keep the same features."""
+
+    rows: NDArray[np.int64]
+    features: NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
