@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import tetris_onnx
+from tetris_onnx.graph.io import ModelError
 
 PACKAGE = Path(tetris_onnx.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -64,14 +65,14 @@ def test_there_is_something_to_check() -> None:
 
 @pytest.mark.parametrize("path", files_of("algorithms"), ids=lambda p: p.name)
 def test_algorithms_know_no_onnx(path: Path) -> None:
-    assert packages(ours(path)) <= {"algorithms"}
+    assert packages(ours(path)) <= {"algorithms", "errors"}
     outside = packages(imports(path))
     assert not {n for n in outside if n.startswith(("onnx", "torch"))}
 
 
 @pytest.mark.parametrize("path", files_of("graph"), ids=lambda p: p.name)
 def test_graph_knows_no_search_and_no_pass(path: Path) -> None:
-    assert packages(ours(path)) <= {"graph", "algorithms"}
+    assert packages(ours(path)) <= {"graph", "algorithms", "errors"}
     assert packages({n for n in ours(path) if n.startswith("algorithms")}) <= {"algorithms"}
     assert not {n for n in ours(path) if n.startswith("algorithms") and n != "algorithms.permutation"}
     assert "onnxruntime" not in packages(imports(path))
@@ -79,7 +80,7 @@ def test_graph_knows_no_search_and_no_pass(path: Path) -> None:
 
 @pytest.mark.parametrize("path", files_of("passes"), ids=lambda p: p.name)
 def test_passes_know_graphs_algorithms_and_plans(path: Path) -> None:
-    assert packages(ours(path)) <= {"passes", "graph", "algorithms", "plan"}
+    assert packages(ours(path)) <= {"passes", "graph", "algorithms", "plan", "errors"}
     assert "onnxruntime" not in packages(imports(path))
 
 
@@ -94,7 +95,7 @@ BELOW = {
 
 @pytest.mark.parametrize("package", BELOW)
 def test_packages_know_what_is_below_them(package: str) -> None:
-    assert set().union(*(packages(ours(path)) for path in files_of(package))) <= BELOW[package] | {package}
+    assert set().union(*(packages(ours(path)) for path in files_of(package))) <= BELOW[package] | {package, "errors"}
 
 
 # What a file at the top may import of its neighbors: those below it.
@@ -105,6 +106,24 @@ LAYERS = ["sweep", "optimize", "decision", "planner", "plan"]
 def test_imports_go_one_way(name: str) -> None:
     above = LAYERS[: LAYERS.index(name)]
     assert not packages(ours(PACKAGE / f"{name}.py")) & set(above)
+
+
+def test_all_errors_are_of_one_family() -> None:
+    """``except tetris_onnx.TetrisError`` catches what this package raises, whatever a later module adds."""
+    found = [
+        (path.name, node)
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and node.name.endswith("Error") and node.name != "TetrisError"
+    ]
+    assert len(found) > 10
+    for name, node in found:
+        assert "TetrisError" in {ast.unparse(base) for base in node.bases}, f"{node.name} in {name}"
+    assert issubclass(ModelError, tetris_onnx.TetrisError)
+
+
+def test_the_package_is_typed() -> None:
+    assert (PACKAGE / "py.typed").is_file(), "type checkers of those who import it would ignore its annotations"
 
 
 def test_nothing_imports_the_command_line() -> None:

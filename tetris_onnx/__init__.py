@@ -5,9 +5,12 @@ A whole run::
     result = tetris_onnx.optimize("model.onnx", tetris_onnx.Config(sparsity=0.5))
     tetris_onnx.save(result.model, "model_bs.onnx")
     session = tetris_onnx.InferenceSession("model_bs.onnx")
+
+What cannot be done is a `TetrisError`, whose message is one line that says why.
 """
 
 from tetris_onnx.config import Config, LayerRule, load_config
+from tetris_onnx.errors import TetrisError
 from tetris_onnx.graph.io import save
 from tetris_onnx.optimize import Result, optimize
 from tetris_onnx.plan import LayerPlan, Plan
@@ -21,6 +24,7 @@ __all__ = [
     "LayerRule",
     "Plan",
     "Result",
+    "TetrisError",
     "get_library_path",
     "load_config",
     "optimize",

@@ -29,6 +29,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from tetris_onnx.errors import TetrisError
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -66,7 +68,7 @@ _TOP_KEYS = (
 _LAYER_KEYS = ("skip", "sparsity", "block_size")
 
 
-class ConfigError(ValueError):
+class ConfigError(TetrisError, ValueError):
     """An option or a config file with a value that makes no sense."""
 
 

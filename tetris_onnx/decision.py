@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from tetris_onnx.config import Config
 from tetris_onnx.data.calibration import CalibrationError, Data, InputSpec, Samples, count, fixed_batch, select
+from tetris_onnx.errors import TetrisError
 from tetris_onnx.operators import choose
 from tetris_onnx.passes import NewWeights
 from tetris_onnx.plan import Plan
@@ -31,7 +32,7 @@ _TRIALS = 6
 _SEARCHED = 4  # one in so many labeled calibration samples measures the accuracy, and fits no weights
 
 
-class DropError(ValueError):
+class DropError(TetrisError, ValueError):
     """No plan loses as little accuracy as was allowed."""
 
 

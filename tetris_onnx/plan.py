@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tetris_onnx.algorithms.permutation import is_permutation
+from tetris_onnx.errors import TetrisError
 
 _FORMAT = "tetris-onnx plan 1"
 _FIELDS = ("out_perm", "in_perm", "block_size", "keep")
@@ -22,7 +23,7 @@ _FIELDS = ("out_perm", "in_perm", "block_size", "keep")
 _MAX_BYTES = 2**30
 
 
-class PlanError(ValueError):
+class PlanError(TetrisError, ValueError):
     """A plan file that cannot be read, or a plan that does not fit the model."""
 
 

@@ -13,15 +13,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tetris_onnx.errors import TetrisError
+
 if TYPE_CHECKING:
     import onnxruntime
 
 
-class RuntimeMissingError(ImportError):
+class RuntimeMissingError(TetrisError, ImportError):
     """onnxruntime is not installed."""
 
 
-class OpLibraryMissingError(FileNotFoundError):
+class OpLibraryMissingError(TetrisError, FileNotFoundError):
     """The op library is not where it should be."""
 
 
@@ -38,7 +40,7 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def get_library_path() -> Path:
+def get_library_path() -> str:
     """Path of the op library (libtetris_onnx_ops), for onnxruntime's register_custom_ops_library in any language.
 
     The environment variable TETRIS_ONNX_LIBRARY names another one (a sanitizer build, say).
@@ -49,14 +51,14 @@ def get_library_path() -> Path:
         path = Path(override)
         if not path.is_file():
             raise OpLibraryMissingError(f"TETRIS_ONNX_LIBRARY names {override}, which is not a file")
-        return path
+        return str(path)
     suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
     # An editable installation leaves this file in the source tree and puts the built library into site-packages.
     folders = [Path(__file__).parent, *(Path(entry) / "tetris_onnx" for entry in sys.path)]
     for folder in folders:
         path = folder / f"libtetris_onnx_ops{suffix}"
         if path.is_file():
-            return path
+            return str(path)
     raise OpLibraryMissingError(
         f"libtetris_onnx_ops{suffix} not found: install the package (pip install .), or name the library in the "
         "environment variable TETRIS_ONNX_LIBRARY"
@@ -66,7 +68,7 @@ def get_library_path() -> Path:
 def register(session_options: onnxruntime.SessionOptions) -> None:
     """Make the block-sparse ops known to sessions created with these options."""
     import_onnxruntime()
-    session_options.register_custom_ops_library(str(get_library_path()))
+    session_options.register_custom_ops_library(get_library_path())
 
 
 def preload_cuda() -> None:

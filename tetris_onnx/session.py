@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from tetris_onnx import runtime
 from tetris_onnx.data.calibration import Samples
+from tetris_onnx.errors import TetrisError
 from tetris_onnx.graph.io import ModelError, as_file, needs_file
 from tetris_onnx.graph.layers import DOMAIN
 
@@ -28,7 +29,7 @@ CUDA_GRAPH = {"enable_cuda_graph": "1"}
 _FATAL = 4  # onnxruntime's log level: what it says is in the exception too
 
 
-class SessionError(ValueError):
+class SessionError(TetrisError, ValueError):
     """A model that onnxruntime cannot load or run, or a provider that it does not have."""
 
 

@@ -34,6 +34,7 @@ from tetris_onnx.accuracy.compare import compare
 from tetris_onnx.algorithms.allocation import BudgetError
 from tetris_onnx.config import Config, parse_block_size
 from tetris_onnx.data.calibration import Data, fixed_batch, model_inputs
+from tetris_onnx.errors import TetrisError
 from tetris_onnx.graph import io
 from tetris_onnx.optimize import optimize
 from tetris_onnx.planner import Progress
@@ -56,7 +57,7 @@ MEASURES = ("accuracy", "agreement", "error")
 Versions: TypeAlias = dict[str, str]
 
 
-class SweepError(ValueError):
+class SweepError(TetrisError, ValueError):
     """A grid that makes no sense, a folder that holds something else, or a cluster that cannot be used."""
 
 

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tetris_onnx.algorithms.blocks import original_mask
+from tetris_onnx.errors import TetrisError
 from tetris_onnx.plan import LayerPlan, Plan
 
 _LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
-class MaskError(ValueError):
+class MaskError(TetrisError, ValueError):
     """A plan that does not fit the module."""
 
 

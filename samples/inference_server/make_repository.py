@@ -101,7 +101,7 @@ def make_repository(
     if target.exists():
         raise RepositoryError(f"{target} exists; remove it, or give another folder")
     ours = any(opset.domain == DOMAIN for opset in proto.opset_import)
-    source = tetris_onnx.get_library_path() if ours else None
+    source = Path(tetris_onnx.get_library_path()) if ours else None
     library = None if source is None else f"{mount.rstrip('/')}/{name}/{source.name}"
     text = config(proto, name, library, batch, delay_us, instances, threads)
     (target / "1").mkdir(parents=True)

@@ -84,7 +84,7 @@ def test_bad_input_is_one_line(program: Path, block_sparse_sample: Path, tmp_pat
 
 @pytest.mark.skipif(not shutil.which("readelf"), reason="there is no readelf")
 def test_the_op_library_needs_the_c_library_only() -> None:
-    path = get_library_path()
+    path = Path(get_library_path())
     if path.read_bytes()[:4] != b"\x7fELF":
         pytest.skip("the op library is no ELF file")
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", call("readelf", "-dW", path).stdout)

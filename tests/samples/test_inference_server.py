@@ -50,7 +50,7 @@ def repository(model: Path, folder: Path, *options: str) -> Path:
 
 def test_the_repository_of_the_block_sparse_sample(block_sparse_sample: Path, tmp_path: Path) -> None:
     folder = repository(block_sparse_sample, tmp_path, "--mount", "/srv/models/", "--batch", "8", "--instances", "2")
-    library = get_library_path()
+    library = Path(get_library_path())
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     assert files == sorted(["1/model.onnx", "config.pbtxt", library.name])
     assert (folder / "1" / "model.onnx").read_bytes() == block_sparse_sample.read_bytes()
@@ -80,7 +80,9 @@ def test_the_config_is_of_the_published_schema(block_sparse_sample: Path, tmp_pa
     group = found.instance_group[0]
     assert (group.count, messages.ModelInstanceGroup.Kind.Name(group.kind)) == (2, "KIND_CPU")
     assert found.parameters["intra_op_thread_count"].string_value == "1"
-    assert list(found.model_operations.op_library_filename) == [f"/models/{folder.name}/{get_library_path().name}"]
+    assert list(found.model_operations.op_library_filename) == [
+        f"/models/{folder.name}/{Path(get_library_path()).name}"
+    ]
 
 
 def test_a_dense_model_needs_no_library(dense_sample: Path, tmp_path: Path) -> None:

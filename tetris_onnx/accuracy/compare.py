@@ -26,6 +26,7 @@ from tetris_onnx.data.calibration import (
 )
 from tetris_onnx.data.image_options import ImageOptions
 from tetris_onnx.data.images import load_data
+from tetris_onnx.errors import TetrisError
 from tetris_onnx.session import ModelSource, SessionError, model_name, open_session, run, take_turns
 
 RANDOM_SAMPLES = 8
@@ -33,7 +34,7 @@ RANDOM_SAMPLES = 8
 _BATCH = 8
 
 
-class CompareError(ValueError):
+class CompareError(TetrisError, ValueError):
     """Two models, or a model and labels, that cannot be compared."""
 
 

@@ -9,6 +9,7 @@ import onnx
 
 from tetris_onnx.accuracy.compare import compare
 from tetris_onnx.data.calibration import CalibrationError, InputSpec, Samples, count, fixed_batch, select
+from tetris_onnx.errors import TetrisError
 from tetris_onnx.graph import io
 from tetris_onnx.graph.outputs import before_squashing
 from tetris_onnx.graph.quantized import is_quantized, without_rounding
@@ -25,7 +26,7 @@ REAL_SAMPLES = 16
 _WEIGHT_ROUNDINGS = 8
 
 
-class VerificationError(RuntimeError):
+class VerificationError(TetrisError, RuntimeError):
     """The block-sparse model does not compute what it should; it must not be used."""
 
 

@@ -19,13 +19,14 @@ from numpy.typing import NDArray
 from scipy import optimize, sparse
 
 from tetris_onnx.algorithms.blocks import group_capacities
+from tetris_onnx.errors import TetrisError
 
 # Options per layer; between neighbors of so many, loss and cost differ by less than either is known.
 MOST_OPTIONS = 65
 _GAP = 1e-4  # the solution's loss is at most this share above the least one
 
 
-class BudgetError(ValueError):
+class BudgetError(TetrisError, ValueError):
     """A budget below the cheapest choice of all layers."""
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
+from tetris_onnx.errors import TetrisError
+
 # Tables in a pipe or a log file are not cut to 80 columns.
 _PIPE_WIDTH = 160
 
@@ -61,7 +63,7 @@ def describe_error(error: Exception) -> str:
     if hasattr(error, "format_message"):  # a usage error of typer, which has its own copy of click in later versions
         return f"{' '.join(error.format_message().split())} (see tetris-onnx --help)"
     text = " ".join(str(error).split())
-    if type(error).__module__.split(".")[0] == __package__.split(".")[0]:
+    if isinstance(error, TetrisError):
         return text
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tetris_onnx.data.image_options import ImageOptions
+from tetris_onnx.errors import TetrisError
 
 if TYPE_CHECKING:
     from tetris_onnx.data.calibration import Data
 
 
-class UsageError(ValueError):
+class UsageError(TetrisError, ValueError):
     """Options that do not go together, or files that cannot be written where they are asked for."""
 
 

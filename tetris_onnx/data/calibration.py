@@ -20,6 +20,8 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from tetris_onnx.errors import TetrisError
+
 Samples: TypeAlias = dict[str, NDArray]  # one array per model input, first axis = samples
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
 
@@ -43,7 +45,7 @@ class Data:
     notes: tuple[str, ...] = ()  # what the user should know about them
 
 
-class CalibrationError(ValueError):
+class CalibrationError(TetrisError, ValueError):
     """Data that does not fit the model's inputs."""
 
 

@@ -6,11 +6,13 @@ import math
 import re
 from dataclasses import dataclass
 
+from tetris_onnx.errors import TetrisError
+
 LAYOUTS = ("NCHW", "NHWC")
 CHANNELS = (1, 3)  # of an image: gray, or red, green and blue
 
 
-class ImageOptionError(ValueError):
+class ImageOptionError(TetrisError, ValueError):
     """An option for images that makes no sense."""
 
 

@@ -17,10 +17,11 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper, shape_inference
 
+from tetris_onnx.errors import TetrisError
 from tetris_onnx.graph.outputs import before_squashing, with_outputs
 
 
-class UnknownDerivativeError(ValueError):
+class UnknownDerivativeError(TetrisError, ValueError):
     """An operator without a known derivative."""
 
 

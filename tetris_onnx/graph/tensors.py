@@ -23,6 +23,8 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper
 
+from tetris_onnx.errors import TetrisError
+
 # Weights in files are read into the model up to this many bytes, and stay where they are beyond.
 IN_MEMORY = 2**30
 # Sizes of which a byte count fits into any integer type.
@@ -45,7 +47,7 @@ _INITIALIZER = onnx.GraphProto.DESCRIPTOR.fields_by_name["initializer"].number
 _PARTS = {TensorProto.COMPLEX64: 2, TensorProto.COMPLEX128: 2}
 
 
-class ModelError(ValueError):
+class ModelError(TetrisError, ValueError):
     """A model that cannot be read, written or worked on; the message is one line that says why."""
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import onnx
 import onnx_graphsurgeon as gs
 
+from tetris_onnx.errors import TetrisError
 from tetris_onnx.graph import io
 
 
-class PassError(RuntimeError):
+class PassError(TetrisError, RuntimeError):
     """A pass failed or broke the graph; the message names it."""
 
 

@@ -21,6 +21,8 @@ from rich.console import Console
 from rich.markup import escape as escape_markup
 from rich.table import Table
 
+from tetris_onnx.errors import TetrisError
+
 if TYPE_CHECKING:
     from tetris_onnx.algorithms.heatmap import Heatmap
 
@@ -32,7 +34,7 @@ COLUMNS = (
 _SUFFIXES = ".json", ".md", ".html"
 
 
-class ReportError(ValueError):
+class ReportError(TetrisError, ValueError):
     """A report file of a kind that does not exist."""
 
 

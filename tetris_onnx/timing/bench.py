@@ -30,6 +30,7 @@ from tetris_onnx.data.calibration import (
     runnable_samples,
     session_inputs,
 )
+from tetris_onnx.errors import TetrisError
 from tetris_onnx.runtime import import_onnxruntime
 from tetris_onnx.session import CUDA_GRAPH, ModelSource, model_name, open_session, resident, run
 from tetris_onnx.timing.processor import cpu_name
@@ -43,7 +44,7 @@ _RESAMPLES = 2000
 _WIDE_INTERVAL = 0.15  # of the speed-up: a quiet machine gives a few percent
 
 
-class BenchError(ValueError):
+class BenchError(TetrisError, ValueError):
     """A measurement that makes no sense."""
 
 
