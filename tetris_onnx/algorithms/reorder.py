@@ -329,9 +329,10 @@ def greedy_step(
 ) -> NDArray[np.int64]:
     """Swap the pair of slices that gains the most until no swap gains anything. Arguments and result as `exact_step`.
 
-    ``best[J, p]`` is the most that one slice of group J gains by going to a group of pattern p, so the best swap of
-    groups J and K gains ``best[J, pattern[K]] + best[K, pattern[J]]``. A swap changes two rows of ``best``: O(n) work
-    for groups of fixed size (section 4.2).
+    ``best[J, p]`` is the most that one slice of group J gains by going to a group of pattern p. Of the groups with one
+    pattern only the best giver counts, ``most[p, q] = max of best[J, q] over the groups J of pattern p``, so the best
+    swap between patterns p and q gains ``most[p, q] + most[q, p]``: the search is among patterns, of which there may be
+    far fewer than groups. A swap changes two rows of ``best``: O(n) work for groups of fixed size (section 4.2).
     """
     count = capacities.size
     groups = groups.copy()
@@ -350,30 +351,48 @@ def greedy_step(
 
     for j in range(count):
         update(j)
-    swap = best[:, pattern]
-    swap += swap.T.copy()
+    groups_of = [np.flatnonzero(pattern == p) for p in patterns]
+    giver = np.array([of[best[of].argmax(axis=0)] for of in groups_of])  # the group J meant by most[p, q]
+    most = best[giver, patterns]
+
+    def give_anew(p: int, j: int) -> None:
+        """Bring ``most[p]`` up to date with a new ``best[j]`` of one of its groups."""
+        others = groups_of[p]
+        if others.size == 1:
+            most[p] = best[j]
+            return
+        more = best[j] > most[p]
+        giver[p, more] = j
+        lost = np.flatnonzero((giver[p] == j) & ~more)
+        if lost.size:
+            giver[p, lost] = others[best[np.ix_(others, lost)].argmax(axis=0)]
+        most[p] = best[giver[p], patterns]
+
+    swap = most + most.T
     np.fill_diagonal(swap, -np.inf)
-    # A best partner of each group, so that the best swap is found without a look at all of them.
+    # A best partner of each pattern, so that the best swap is found without a look at all of them.
     partner = swap.argmax(axis=1)
     value = swap.max(axis=1)
     while True:
-        j = int(value.argmax())
-        if not value[j] > tolerance:
+        p = int(value.argmax())
+        if not value[p] > tolerance:
             return groups
-        k = int(partner[j])
-        from_j, from_k = which[j, pattern[k]], which[k, pattern[j]]
+        q = int(partner[p])
+        j, k = int(giver[p, q]), int(giver[q, p])
+        from_j, from_k = which[j, q], which[k, p]
         a, b = members[j][from_j], members[k][from_k]
         members[j][from_j], members[k][from_k] = b, a
         groups[a], groups[b] = k, j
-        own[a], own[b] = gain[a, pattern[k]], gain[b, pattern[j]]
-        for g in (j, k):
-            update(g)
+        own[a], own[b] = gain[a, q], gain[b, p]
         # Rows whose best partner was one of the two may have lost it. Those that found a better one in them need no
-        # update: the same swap stands in row j or k.
-        stale = (partner == j) | (partner == k)
-        stale[j] = stale[k] = True
-        for g in (j, k):
-            swap[g] = swap[:, g] = best[g, pattern] + best[:, pattern[g]]
+        # update: the same swap stands in row p or q.
+        stale = (partner == p) | (partner == q)
+        stale[p] = stale[q] = True
+        for g, changed in ((p, j), (q, k)):
+            update(changed)
+            give_anew(g, changed)
+        for g in (p, q):
+            swap[g] = swap[:, g] = most[g] + most[:, g]
             swap[g, g] = -np.inf
         rows = np.flatnonzero(stale)
         found = swap[rows]
