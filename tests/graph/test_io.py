@@ -92,6 +92,20 @@ class TestLoad:
         io.save(net.build(), tmp_path / "m.onnx")
         assert op_counts(io.load(tmp_path / "m.onnx")) == {"Magic": 1}
 
+    def test_what_onnxruntime_runs_although_it_is_not_quite_onnx(self, tmp_path: Path) -> None:
+        """Nodes in any order, as onnxruntime's float16 converter leaves them, and an output whose shape is not told."""
+        model = small().build()
+        wanted = [node.op_type for node in model.graph.node]
+        nodes = list(model.graph.node)[::-1]
+        model.graph.ClearField("node")
+        model.graph.node.extend(nodes)
+        model.graph.output[0].type.tensor_type.ClearField("shape")
+        (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+        found = io.load(tmp_path / "m.onnx")
+        assert [node.op_type for node in found.graph.node] == wanted == ["Conv", "Relu"]
+        assert not found.graph.output[0].type.tensor_type.HasField("shape")
+        assert [path.name for path in tmp_path.iterdir()] == ["m.onnx"]
+
     def test_external_data_is_read_and_its_absence_told(self, tmp_path: Path) -> None:
         model = small().build()
         onnx.save_model(

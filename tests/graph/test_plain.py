@@ -91,6 +91,41 @@ def test_sparse_weights() -> None:
     assert relative_error(run(masked_dense(plain, plan), feed), run(check_rewrite(plain, plan), feed)) < 1e-5
 
 
+def test_nodes_in_any_order() -> None:
+    """Also in the bodies of If, whose nodes read values of the graph around them."""
+    net = Net()
+    x = net.input("x", ["N", 12, 6, 6])
+    a = net.op("Relu", net.conv(x, (12, 12)))
+    shape = helper.make_tensor_value_info("z", TensorProto.FLOAT, None)
+    bodies = [
+        helper.make_graph([helper.make_node("Add", ["s", a], ["z"]), helper.make_node(op, [a], ["s"])], op, [], [shape])
+        for op in ("Sigmoid", "Neg")
+    ]
+    yes = net.constant(np.array(True))
+    net.output(net.op("If", yes, then_branch=bodies[0], else_branch=bodies[1]), shape=["N", 12, 6, 6])
+    model = net.build()
+    order = [node.op_type for node in model.graph.node]
+    shuffled = onnx.ModelProto.FromString(model.SerializeToString())
+    shuffled.graph.ClearField("node")
+    shuffled.graph.node.extend(reversed(model.graph.node))
+    plain = plain_form(shuffled)
+    assert [node.op_type for node in plain.graph.node] == order == ["Conv", "Relu", "If"]
+    found = {body.name: [node.op_type for node in body.g.node] for body in plain.graph.node[2].attribute}
+    assert found == {"then_branch": ["Sigmoid", "Add"], "else_branch": ["Neg", "Add"]}
+    assert [node.op_type for node in shuffled.graph.node] == order[::-1]  # the model given is not changed
+    onnx.checker.check_model(plain)
+    feed = random_feed(model)
+    assert relative_error(run(plain, feed), run(plain_form(model), feed)) == 0  # the same nodes
+    check_rewrite(shuffled)
+
+
+def test_nodes_on_a_cycle_are_left_as_they_are() -> None:
+    net = Net()
+    net.output(net.op("Add", net.input("x", [2, 2]), net.op("Relu", "loop", out="a"), out="loop"), shape=[2, 2])
+    model = net.build()
+    assert plain_form(model) is model
+
+
 def test_a_model_without_any_of_it_is_returned_as_it_is() -> None:
     net = Net()
     net.output(net.conv(net.input("x", ["N", 8, 6, 6]), (8, 8)))

@@ -1,11 +1,13 @@
 """A model with what our graphs cannot hold or look into written out: sparse weights, functions with layers in them.
 
 onnx-graphsurgeon knows neither sparse initializers nor overloads of functions, and layers inside a function are
-computed with each caller's weights: only inlined can they be pruned.
+computed with each caller's weights: only inlined can they be pruned. Nodes in any order, as onnxruntime runs them (its
+converter to float16 writes such models), are put into the order that ONNX asks for.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -20,10 +22,11 @@ _LAYERS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 
 
 def plain_form(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same model (itself, where there is nothing to do) with sparse initializers dense and such functions inlined.
+    """The same model (itself, where there is nothing to do), sorted, its sparse initializers dense, functions inlined.
 
     Functions without a layer, and those that define our own operators, stay functions.
     """
+    model = sorted_form(model)
     inlined = _functions_to_inline(model)
     if inlined:
         model = inliner.inline_selected_functions(model, sorted(inlined))
@@ -37,6 +40,46 @@ def plain_form(model: onnx.ModelProto) -> onnx.ModelProto:
             del graph.sparse_initializer[:]
         model = dense
     return model
+
+
+def sorted_form(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same model (itself, where there is nothing to do) with every node behind those that it reads from.
+
+    Nodes keep their order as far as that allows; those on a cycle, which no runtime takes, are left to the checker.
+    """
+    orders = [_sorted_order(graph) for graph in all_graphs(model.graph)]
+    if all(order == list(range(len(order))) for order in orders):
+        return model
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    for graph, order in reversed(list(zip(all_graphs(result.graph), orders, strict=True))):  # bodies first
+        nodes = list(graph.node)
+        graph.ClearField("node")
+        graph.node.extend(nodes[i] for i in order)
+    return result
+
+
+def _sorted_order(graph: onnx.GraphProto) -> list[int]:
+    """The nodes of a graph in the first order, by their numbers, in which each follows those that it reads from."""
+    producer = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
+    readers: list[list[int]] = [[] for _ in graph.node]
+    missing = []
+    for i, node in enumerate(graph.node):
+        # (what a body reads of the graph around it, the node reads)
+        names = {name for inner in _nodes([node]) for name in inner.input}
+        before = {producer[name] for name in names if name in producer}
+        missing.append(len(before))
+        for j in before:
+            readers[j].append(i)
+    ready = [i for i, count in enumerate(missing) if not count]
+    order = []
+    while ready:
+        order.append(heapq.heappop(ready))
+        for i in readers[order[-1]]:
+            missing[i] -= 1
+            if not missing[i]:
+                heapq.heappush(ready, i)
+    return order if len(order) == len(missing) else list(range(len(missing)))
 
 
 def _functions_to_inline(model: onnx.ModelProto) -> set[tuple[str, str]]:
