@@ -21,6 +21,7 @@ from tetris_onnx.graph import io
 from tetris_onnx.graph.io import ModelError
 from tetris_onnx.passes import PassError
 from tetris_onnx.plan import Plan, PlanError
+from tetris_onnx.session import SessionError
 
 # "import tetris_onnx.optimize as m" would find the function of the same name in the package.
 pipeline = importlib.import_module("tetris_onnx.optimize")
@@ -152,6 +153,16 @@ def test_files_that_are_no_models(tmp_path: Path, content: bytes) -> None:
         optimize(tmp_path / "m.onnx", CONFIG)
     with pytest.raises(ModelError, match="no such file"):
         optimize(tmp_path / "no.onnx", CONFIG)
+
+
+def test_a_model_that_onnxruntime_does_not_load_is_told_before_the_search(tmp_path: Path) -> None:
+    net = Net()
+    net.output(net.op("Magic", net.gemm(net.input("x", ["N", 64]), (64, 64)), domain="com.example"), shape=["N", 64])
+    (tmp_path / "m.onnx").write_bytes(net.build().SerializeToString())
+    stages: list[str] = []
+    with pytest.raises(SessionError, match=r"m\.onnx: cannot be loaded \(.*Magic"):
+        optimize(tmp_path / "m.onnx", CONFIG, progress=lambda *step: stages.append(step[0]))
+    assert set(stages) == {"load"}
 
 
 def spoil(name: str, monkeypatch: pytest.MonkeyPatch, change: Callable[[gs.Graph], None]) -> None:

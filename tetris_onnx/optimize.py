@@ -16,6 +16,7 @@ from tetris_onnx.accuracy.compare import compare
 from tetris_onnx.accuracy.quantization import InputRanges, input_ranges
 from tetris_onnx.accuracy.verification import (
     REAL_SAMPLES,
+    check_loads,
     comparable,
     first_samples,
     rounding_error,
@@ -66,6 +67,7 @@ from tetris_onnx.plan import Plan
 from tetris_onnx.planner import OPEN_SIZES, Progress, prepare
 from tetris_onnx.reports.heatmaps import weight_maps
 from tetris_onnx.reports.report import LayerReport, Report
+from tetris_onnx.session import model_name
 from tetris_onnx.timing.cost import Machine
 from tetris_onnx.timing.machine import MEASURED, load_machine, measured, save_machine
 from tetris_onnx.timing.trial import Trial, try_out
@@ -139,10 +141,10 @@ def optimize(
     The result is compared with the dense model that has the same weights and zero blocks, on random inputs and on some
     of the samples.
 
-    Raises `ConfigError` (an importance that needs samples, and none), `ModelError` (a file that is no model),
-    `CalibrationError` (samples that do not fit), `PlanError` (a plan for another model), `BudgetError` and `DropError`
-    (a sparsity, speed-up or accuracy that cannot be had), `PassError` and `VerificationError` (a mistake of ours: the
-    model must not be used).
+    Raises, all of them a `TetrisError`: `ConfigError` (an importance that needs samples, and none), `ModelError` (a
+    file that is no model), `SessionError` (a model that onnxruntime does not run), `CalibrationError` (samples that do
+    not fit), `PlanError` (a plan for another model), `BudgetError` and `DropError` (a sparsity, speed-up or accuracy
+    that cannot be had), `PassError` and `VerificationError` (a mistake of ours: the model must not be used).
     """
     config = config or Config()
     if max_drop is not None and (plan is not None or config.speedup is not None):
@@ -156,6 +158,7 @@ def optimize(
         graph = io.to_graph(source)
         weight_file = io.open_weights() if io.is_large(source) else None
         before = {node.name for node in graph.nodes if gather_permutation(node) is not None}
+        check_loads(source, model_name(model))
     machine = machine or (_fitted_machine(clock) if measure else load_machine())
     with clock.stage("plan"):
         prepared = prepare(graph, config.precision == "int8")

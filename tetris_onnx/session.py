@@ -49,12 +49,13 @@ def open_session(
     threads: int | None = None,
     profile: Path | None = None,
     provider_options: Mapping[str, str] | None = None,
+    name: str | None = None,
 ) -> Any:
     """An onnxruntime session of ``model`` on ``provider`` ("cpu" or "cuda").
 
     ``threads``: of one operator (None: onnxruntime's own choice); operators run one after another. ``profile``: prefix
     of the file that the session's ``end_profiling`` writes. ``provider_options``: onnxruntime's own, of ``provider``.
-    Raises `SessionError`.
+    ``name``: what errors call the model. Raises `SessionError`.
     """
     ort = runtime.import_onnxruntime()
     if provider not in PROVIDERS:
@@ -76,7 +77,7 @@ def open_session(
         providers[0] = providers[0], dict(provider_options)
     if provider == "cuda":
         runtime.preload_cuda()
-    name = model_name(model)
+    name = name or model_name(model)
     try:
         if isinstance(model, onnx.ModelProto):
             ours = uses_our_ops(model)

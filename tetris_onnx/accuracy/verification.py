@@ -14,6 +14,7 @@ from tetris_onnx.graph import io
 from tetris_onnx.graph.outputs import before_squashing
 from tetris_onnx.graph.quantized import is_quantized, without_rounding
 from tetris_onnx.graph.widen import rounding, widen
+from tetris_onnx.session import open_session
 
 # Samples of the verification: few are enough, the check is of every value that the models give.
 _RANDOM_SAMPLES = 2
@@ -28,6 +29,15 @@ _WEIGHT_ROUNDINGS = 8
 
 class VerificationError(TetrisError, RuntimeError):
     """The block-sparse model does not compute what it should; it must not be used."""
+
+
+def check_loads(model: onnx.ModelProto, name: str) -> None:
+    """Raise `SessionError` for a model that onnxruntime does not load: better told before a search than behind it.
+
+    Of large models and those of float16 or bfloat16 another form is run (`comparable`), and told of then.
+    """
+    if not io.is_large(model) and not rounding(model):
+        open_session(model, name=name)
 
 
 def first_samples(samples: Samples, inputs: Sequence[InputSpec]) -> Samples:
