@@ -154,7 +154,7 @@ def test_sparsity_0_gives_a_network_that_computes_the_same_faster() -> None:
     assert rows["conv2"].status == "whole" and rows["conv2"].density == 1.0
     before, after = rows["conv2"].predicted_ms or (0.0, 0.0)
     assert after < before
-    assert any("2 layers run whole" in note for note in result.report.notes)
+    assert any("2 of its layers run whole" in note for note in result.report.notes)
 
 
 def test_a_layer_kept_whole_stays_float32() -> None:

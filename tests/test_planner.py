@@ -442,6 +442,31 @@ def test_layers_in_subgraphs_are_listed_with_the_reason() -> None:
     assert rows[1].weight_shape == (12, 12, 1, 1)
 
 
+def test_other_operators_with_weights_are_listed() -> None:
+    net = Net()
+    a = net.conv(net.input("x", ["N", 8, 8, 8]), (8, 12), out="conv")
+    scale, zero = net.constant(np.float32(0.1)), net.constant(np.uint8(128))
+    weight = net.constant(np.ones((12, 12, 1, 1), np.uint8))
+    b = net.op("QuantizeLinear", a, scale, zero)
+    b = net.op("QLinearConv", b, scale, zero, weight, scale, zero, scale, zero, out="quantized")
+    net.output(b, TensorProto.UINT8, ["N", 12, 8, 8])
+    net.output(net.op("FusedConv", a, net.weight(12, 12, 1, 1), domain="com.microsoft", out="fused"), shape=[1] * 4)
+    net.output(net.op("FusedConv", a, net.weight(12, 12, 1, 1), domain="com.example", out="other"), shape=[1] * 4)
+    steps = net.input("steps", ["S", "N", 4])
+    w, r = (net.constant(np.ones((1, 12, 4 - i), np.float32)) for i in (0, 1))
+    net.output(net.op("LSTM", steps, w, r, hidden_size=3, out="recurrent"), shape=["S", 1, "N", 3])
+    rows = {row.layer: row for row in inspect(net.build())}
+    reasons = {
+        "quantized": "it is quantized, but not in QDQ form",
+        "fused": "onnxruntime has fused it: give the model as it was exported",
+        "recurrent": "it is recurrent",
+    }
+    assert rows.keys() == {"conv", *reasons}
+    for name, reason in reasons.items():
+        row = rows[name]
+        assert (row.reason, row.weight_shape, row.macs, row.parameters) == (reason, (), None, 0)
+
+
 def test_transposed_convolutions_are_listed() -> None:
     net = Net()
     weight = net.constant(net.weight_values(8, 6, 2, 2))  # [in, out of a group, *kernel]

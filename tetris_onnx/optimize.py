@@ -41,6 +41,7 @@ from tetris_onnx.graph import io
 from tetris_onnx.graph.channels import gather_permutation
 from tetris_onnx.graph.io import ModelError
 from tetris_onnx.graph.layers import CONV_ADD, CONV_MAX_POOL
+from tetris_onnx.graph.quantized import is_quantized
 from tetris_onnx.graph.tensors import TensorFile, inlined
 from tetris_onnx.passes import (
     NewWeights,
@@ -244,7 +245,7 @@ def optimize(
         notes=(
             *decision.notes,
             *([built.note] if built.note else []),
-            *_notes(config, plan, rows, built.rounding_error),
+            *_notes(config, plan, rows, built.rounding_error, is_quantized(source)),
         ),
     )
     if trial is not None:
@@ -410,7 +411,9 @@ def _with_ranges(
     return _Rounded(models[best], others, note)
 
 
-def _notes(config: Config, plan: Plan, rows: list, rounding_error: tuple[float, float] | None) -> tuple[str, ...]:
+def _notes(
+    config: Config, plan: Plan, rows: list, rounding_error: tuple[float, float] | None, quantized: bool
+) -> tuple[str, ...]:
     notes = []
     unused = config.unused_patterns(row.node for row in rows)
     if unused:
@@ -421,11 +424,13 @@ def _notes(config: Config, plan: Plan, rows: list, rounding_error: tuple[float, 
         )
     if any(row.predicted_ms and row.macs is None for row in rows):
         notes.append(OPEN_SIZES)
+    if quantized and any(row.predicted_ms and row.status == "block-sparse" for row in rows):
+        notes.append("the model is quantized: its layers take less time than the dense float32 ones predicted here")
     if rounding_error is not None and rounding_error[0] == 0:
         notes.append(f"this processor has no kernels of {config.precision}: here the result computes in float32")
     if not len(plan):
         whole = sum(row.status == "whole" for row in rows)
-        faster = f"; {whole} layers run whole in our operators" if whole else ""
+        faster = f"; {whole} of its layers run whole in our operators" if whole else ""
         notes.append(f"no layer was pruned: the result computes what the original does{faster}")
     return tuple(notes)
 

@@ -23,7 +23,7 @@ from tetris_onnx.algorithms.importance import importance
 from tetris_onnx.algorithms.reorder import BlockPruner, Reordering, reorder
 from tetris_onnx.config import Config, LayerConfig
 from tetris_onnx.graph import io
-from tetris_onnx.graph.layers import Layer, conv_window, find_layers, nested_layers
+from tetris_onnx.graph.layers import MULTIPLIERS, Layer, conv_window, find_layers, nested_layers, other_layers
 from tetris_onnx.graph.shapes import EXAMPLE_SIZES, example_shapes
 from tetris_onnx.operators import WORTH_IT, choose, gain_of_whole, slower_reason
 from tetris_onnx.passes import Pass, fuse_batchnorm, normalize_layers, open_layers, run_passes
@@ -145,7 +145,9 @@ def survey(
     sparsities, those that cannot win with any are dense; which operator runs the others is for `operators.choose`.
     Raises `PlanError` for a plan of another model.
     """
-    layers = find_layers(graph) + nested_layers(graph)
+    number = {id(node): i for i, node in enumerate(graph.nodes)}
+    layers = sorted(find_layers(graph) + other_layers(graph), key=lambda layer: number[id(layer.node)])
+    layers += nested_layers(graph)
     weighted = {
         id(layer.node)
         for layer in layers
@@ -353,6 +355,8 @@ def _layer_shape(
 
 def _has_weight(layer: Layer) -> bool:
     inputs = layer.node.inputs
+    if not (layer.block_sparse or layer.node.op in MULTIPLIERS):
+        return False  # another operator has other inputs
     return layer.block_sparse or (len(inputs) > 1 and isinstance(inputs[1], gs.Constant) and len(inputs[1].shape) > 1)
 
 

@@ -25,6 +25,15 @@ OUR_OPS = (CONV, CONV_ADD, CONV_MAX_POOL, GEMM)
 MAX_POOL = "ChannelsLastMaxPool"  # no layer: what a MaxPool between channels-last layers becomes
 # Smaller groups of channels do not fill a kernel's registers.
 LEAST_GROUP = 8
+# ONNX's operators that layers are made of.
+MULTIPLIERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# Other operators with weights, which no pass touches.
+_RECURRENT = ("RNN", "GRU", "LSTM")
+_QUANTIZED = (
+    *("ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"),
+    *("DynamicQuantizeLSTM", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulNBits", "QAttention", "QGemm"),
+)
+_FUSED = ("Attention", "FusedConv", "FusedGemm", "FusedMatMul", "NhwcFusedConv", "TransposeMatMul")
 # Ends the name of a layer's output where reorder_weights has put a Gather behind it, so that the layer keeps its name.
 REORDERED = "/reordered"
 
@@ -159,7 +168,7 @@ def find_layers(graph: gs.Graph) -> list[Layer]:
     for node in graph.nodes:
         if node.domain == DOMAIN and node.op in OUR_OPS:
             layers.append(Layer(node, "it is block-sparse already"))
-        elif node.domain in (None, "", "ai.onnx") and node.op in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        elif node.domain in (None, "", "ai.onnx") and node.op in MULTIPLIERS:
             layers.append(Layer(node, _why_dense(node)))
     return layers
 
@@ -173,6 +182,20 @@ def nested_layers(graph: gs.Graph) -> list[Layer]:
                 reason = f"it is in the body of {node.op} {node.name!r}"
                 layers += [Layer(layer.node, reason) for layer in find_layers(body)] + nested_layers(body)
     return layers
+
+
+def other_layers(graph: gs.Graph) -> list[Layer]:
+    """Nodes of the main graph that multiply by weights in a form which no pass touches: recurrent, quantized, fused."""
+    layers = []
+    for node in graph.nodes:
+        ours, theirs = node.domain in (None, "", "ai.onnx"), node.domain == "com.microsoft"
+        if ours and node.op in _RECURRENT:
+            layers.append(Layer(node, "it is recurrent"))
+        elif (ours or theirs) and node.op in _QUANTIZED:
+            layers.append(Layer(node, "it is quantized, but not in QDQ form"))
+        elif theirs and node.op in _FUSED:
+            layers.append(Layer(node, "onnxruntime has fused it: give the model as it was exported"))
+    return [layer for layer in layers if layer.node.outputs]
 
 
 def malformed(node: gs.Node) -> str:

@@ -15,10 +15,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import inliner, numpy_helper
 
-from tetris_onnx.graph.layers import DOMAIN
+from tetris_onnx.graph.layers import DOMAIN, MULTIPLIERS
 from tetris_onnx.graph.tensors import all_graphs, bodies_of
-
-_LAYERS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 
 
 def plain_form(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -98,7 +96,7 @@ def _functions_to_inline(model: onnx.ModelProto) -> set[tuple[str, str]]:
 
 
 def _is_layer(node: onnx.NodeProto) -> bool:
-    return node.op_type in _LAYERS and node.domain in ("", "ai.onnx")
+    return node.op_type in MULTIPLIERS and node.domain in ("", "ai.onnx")
 
 
 def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:

@@ -14,11 +14,9 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from tetris_onnx.graph.channels import ELEMENTWISE
-from tetris_onnx.graph.layers import DOMAIN, OUR_OPS
+from tetris_onnx.graph.layers import DOMAIN, MULTIPLIERS, OUR_OPS
 from tetris_onnx.graph.quantized import value_range
 from tetris_onnx.passes.surgery import is_output, reads_alone, remove_node
-
-_LAYERS = frozenset(("Conv", "ConvTranspose", "Gemm", "MatMul"))
 
 
 def join_quantized(graph: gs.Graph) -> None:
@@ -67,7 +65,7 @@ def _same_steps(first: gs.Node, second: gs.Node) -> bool:
 
 
 def _is_layer(node: gs.Node) -> bool:
-    return node.domain in (None, "", "ai.onnx") and node.op in _LAYERS
+    return node.domain in (None, "", "ai.onnx") and node.op in MULTIPLIERS
 
 
 def _is_of_layer(value: gs.Tensor) -> bool:
