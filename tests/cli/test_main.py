@@ -333,6 +333,11 @@ def test_optimize_checks_data_before_the_search(
     for option in ("--data", "--calibration"):
         line = fails(["optimize", model, "-o", out, option, tmp_path / "d.npz"], capsys)
         assert "'x' is float32 [2, 6, 6, 64], the model input is x: float32 [N, 64, 6, 6]" in line
+    np.savez(tmp_path / "d.npz", x=np.zeros((4, 64, 6, 6), np.float32), label=[0, 1, 2, 3])
+    line = fails(["optimize", model, "-o", out, "--data", tmp_path / "d.npz"], capsys)
+    assert "labels from 0 to 3; the model has 3 classes" in line
+    line = fails(["optimize", model, "-o", out, "--calibration", tmp_path / "d.npz", "--mean", "0.5"], capsys)
+    assert "are for folders of images" in line
     assert not calls
     assert not out.exists()
 

@@ -109,6 +109,8 @@ def test_measured_accuracy_and_time_join_the_summary() -> None:
     assert lines["accuracy"] == "92.5 % -> 90.0 % (-2.5 points) on 1000 samples"
     assert lines["same top-1"] == "95.0 %"
     assert lines["time"] == "2 ms -> 1.25 ms: 1.60x faster (95 % interval 1.50 to 1.70), batch 1, one thread"
+    slower = dict(summary(replace(measured, milliseconds=(1.0, 1.25), speedup=(0.8, 0.75, 0.85))))
+    assert slower["time"].startswith("1 ms -> 1.25 ms: 0.80x, slower (95 % interval 0.75 to 0.85)")
 
 
 def test_times_are_shown_before_and_after() -> None:

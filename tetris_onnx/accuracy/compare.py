@@ -21,7 +21,9 @@ from tetris_onnx.data.calibration import (
     Shapes,
     batches,
     count,
+    fixed_batch,
     runnable_samples,
+    select,
     session_inputs,
 )
 from tetris_onnx.data.image_options import ImageOptions
@@ -160,6 +162,16 @@ def compare(
         accuracy_a=accuracy_a,
         accuracy_b=accuracy_b,
     )
+
+
+def check_labels(model: ModelSource, data: Data) -> None:
+    """Raise what `compare` would for labels that do not fit the model, from two samples: told before a search."""
+    if data.labels is None:
+        return
+    inputs = session_inputs(take_turns([model])[0])
+    ends = np.array([data.labels.argmin(), data.labels.argmax()])
+    some = np.resize(ends, max(ends.size, fixed_batch(inputs) or 0))
+    compare(model, model, Data(data.source, select(data.samples, inputs, some), data.labels[some]), apart=True)
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:

@@ -11,11 +11,11 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -41,9 +41,18 @@ from tetris_onnx.cli.options import (
     Target,
     Threads,
 )
+from tetris_onnx.cli.running import with_accuracy, with_times
 from tetris_onnx.cli.sweep import sweep
 from tetris_onnx.cli.terminal import describe_error, open_console, percent_of, print_json, show_progress
-from tetris_onnx.cli.usage import UsageError, accuracy_data, check_outputs, read_data, refuse_together
+from tetris_onnx.cli.usage import (
+    UsageError,
+    accuracy_data,
+    check_image_options,
+    check_outputs,
+    read_both,
+    read_data,
+    refuse_together,
+)
 from tetris_onnx.config import (
     ALLOCATIONS,
     MEASURED_IMPORTANCES,
@@ -54,10 +63,7 @@ from tetris_onnx.config import (
 from tetris_onnx.data.image_options import parse_image_options
 
 if TYPE_CHECKING:
-    from tetris_onnx.data.calibration import Data
-    from tetris_onnx.reports.report import LayerReport, Report
-
-_BENCH_SECONDS = 3.0
+    from tetris_onnx.reports.report import LayerReport
 
 _NOT_CALIBRATED = (
     "nothing was refitted: at this sparsity the accuracy drops. Unlabeled samples bring most of it back: "
@@ -247,7 +253,7 @@ def optimize(
     if report is not None:
         check_report_path(report)
     loaded_plan = None if plan is None else Plan.load(plan)
-    samples, labeled = read_data(model, calibration, images), read_data(model, data, images)
+    samples, labeled = read_both(model, calibration, data, images)
     searched_on = accuracy_data(max_drop, samples, labeled)
     with show_progress() as progress:
         result = run_optimize(
@@ -271,9 +277,9 @@ def optimize(
             outcome = replace(outcome, notes=(*outcome.notes, note))
         # Everything that can fail comes before the first file is written.
         if labeled is not None:
-            outcome = _with_accuracy(outcome, model, result.model, labeled, progress)
+            outcome = with_accuracy(outcome, model, result.model, labeled, progress)
         if bench:
-            outcome = _with_times(outcome, model, result.model, progress)
+            outcome = with_times(outcome, model, result.model, progress)
     io.save(result.model, output)
     if save_plan is not None:
         result.plan.save(save_plan)
@@ -383,6 +389,7 @@ def compare(
     from tetris_onnx.data.calibration import parse_shapes
 
     images = parse_image_options(mean, std, scale, layout, image_size, bgr)
+    check_image_options(images, data)
     with show_progress() as progress:
         result = run_compare(
             a,
@@ -515,29 +522,6 @@ def _config(
         "refine": refine,
     }
     return load_config_with(path, values)
-
-
-def _with_accuracy(
-    report: Report, model: Path, result: Any, data: Data, progress: Callable[[str, int, int], None]
-) -> Report:
-    from tetris_onnx.accuracy.compare import compare as run_compare
-
-    found = run_compare(model, result, data, progress=lambda done, total: progress("accuracy", done, total))
-    report = replace(report, agreement=found.agreement)
-    if found.accuracy_a is None or found.accuracy_b is None:
-        return replace(report, notes=(*report.notes, f"{data.source} has no labels, so there is no accuracy"))
-    return replace(report, accuracy=(found.accuracy_a, found.accuracy_b), labeled=found.samples)
-
-
-def _with_times(report: Report, model: Path, result: Any, progress: Callable[[str, int, int], None]) -> Report:
-    from tetris_onnx.timing.bench import bench as run_bench
-
-    shown = percent_of("bench", progress)
-    found = run_bench(model, result, threads=report.threads, seconds=_BENCH_SECONDS, progress=shown)
-    assert found.speedup is not None
-    assert found.interval is not None
-    first, second = (timing.median_ms for timing in found.timings)
-    return replace(report, milliseconds=(first, second), speedup=(found.speedup, *found.interval))
 
 
 def _predict(layers: Sequence[LayerReport], config: Config) -> tuple[int | None, int | None]:

@@ -24,7 +24,7 @@ from tetris_onnx.cli.options import (
     Threads,
 )
 from tetris_onnx.cli.terminal import open_console, print_json, show_progress
-from tetris_onnx.cli.usage import read_data
+from tetris_onnx.cli.usage import read_both
 from tetris_onnx.config import ALLOCATIONS, load_config_with
 from tetris_onnx.data.image_options import parse_image_options
 
@@ -85,7 +85,7 @@ def sweep(
     with_plot = has_matplotlib()
     if not with_plot:
         print(f"note: {NO_MATPLOTLIB}", file=sys.stderr)
-    samples, labeled = read_data(model, calibration, images), read_data(model, data, images)
+    samples, labeled = read_both(model, calibration, data, images)
     with show_progress() as progress:
         result = run_sweep(
             model,

@@ -57,6 +57,32 @@ def read_data(model: Path, path: Path | None, images: ImageOptions) -> Data | No
     return data
 
 
+def read_both(
+    model: Path, calibration: Path | None, data: Path | None, images: ImageOptions
+) -> tuple[Data | None, Data | None]:
+    """The samples to calibrate with and the labeled ones, checked as far as they can be before a search."""
+    samples, labeled = read_data(model, calibration, images), read_data(model, data, images)
+    check_image_options(images, calibration, data)
+    if labeled is not None:
+        from tetris_onnx.accuracy.compare import check_labels
+
+        check_labels(model, labeled)
+    return samples, labeled
+
+
+def check_image_options(images: ImageOptions, *paths: Path | None) -> None:
+    """Refuse options for images where there are none: left unused, they would be taken for a scaling of the arrays."""
+    if images == ImageOptions():
+        return
+    from tetris_onnx.data.images import is_image_folder
+
+    if not any(path is not None and is_image_folder(path) for path in paths):
+        raise UsageError(
+            "--mean, --std, --scale, --layout, --image-size and --bgr are for folders of images: there is none here, "
+            "and arrays have to be as the model takes them"
+        )
+
+
 def accuracy_data(max_drop: float | None, calibration: Data | None, data: Data | None) -> Data | None:
     """The samples that --max-drop measures the accuracy on; None where these are a part of the calibration samples."""
     if max_drop is None or (calibration is not None and calibration.labels is not None):

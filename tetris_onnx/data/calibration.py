@@ -245,7 +245,7 @@ def _read(path: Path, wanted: Sequence[str]) -> Iterator[tuple[Path, list[str], 
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in (".npz", ".npy"))
         if not files:
-            raise CalibrationError(f"{path}: no .npz or .npy file in this folder")
+            raise CalibrationError(f"{path}: no .npz or .npy file in this folder, nor an image")
     elif path.is_file():
         files = [path]
     else:
@@ -264,7 +264,7 @@ def _read(path: Path, wanted: Sequence[str]) -> Iterator[tuple[Path, list[str], 
                         if not isinstance(array, np.ndarray):  # np.load gives the bytes of a member without a header
                             raise ValueError(f"{name!r} is no array")
         except Exception as error:  # np.load raises many types for broken or hostile files
-            why = "pickled objects are not read" if "pickle" in str(error) else error
+            why = "pickled objects are not read, if it has any" if "pickle" in str(error) else error
             raise CalibrationError(f"{file}: not an .npz or .npy file of numbers ({why})") from None
         yield file, found, arrays
 

@@ -175,7 +175,8 @@ def summary(report: Report) -> list[tuple[str, str]]:
     if report.milliseconds and report.speedup:
         old, new = report.milliseconds
         ratio, low, high = report.speedup
-        text = f"{old:.3g} ms -> {new:.3g} ms: {ratio:.2f}x faster (95 % interval {low:.2f} to {high:.2f})"
+        change = f"{ratio:.2f}x faster" if ratio >= 1 else f"{ratio:.2f}x, slower"
+        text = f"{old:.3g} ms -> {new:.3g} ms: {change} (95 % interval {low:.2f} to {high:.2f})"
         lines.append(("time", f"{text}, batch 1, {threads_text(report.threads)}"))
     stages = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
     lines.append(("took", f"{sum(report.seconds.values()):.1f} s" + (f" ({stages})" if stages else "")))
