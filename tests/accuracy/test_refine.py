@@ -113,8 +113,19 @@ def test_it_depends_on_nothing_but_its_seed() -> None:
     assert any(not np.array_equal(new.weight, runs[2].weights[name].weight) for name, new in runs[0].weights.items())
 
 
+def test_after_a_pass_that_does_harm_steps_are_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With steps some hundred times too large: the first pass is undone, and later ones help."""
+    monkeypatch.setattr(refine, "_RATE", 300 * refine._RATE)
+    note = refined(network(), replace(CONFIG, refine=12), 320)[1][0]
+    before, after = (float(part.split()[-1]) for part in note.split(" on ")[0].split(" -> "))
+    assert after < 0.9 * before, note
+    monkeypatch.setattr(refine, "_HARM", np.inf)  # not undone
+    assert "in vain" in refined(network(), replace(CONFIG, refine=12), 320)[1][0]
+
+
 def test_steps_that_do_harm_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refine, "_RATE", 3.0)
+    monkeypatch.setattr(refine, "_HARM", np.inf)
     given = {}
 
     def noted(*arguments: object, **_: object) -> Recovery:

@@ -9,7 +9,8 @@ size. Images are mirrored and shifted a little, as the dense network answers for
 ONNX graph (`graph.backward`) that onnxruntime runs: no training framework is needed.
 
 One in eight samples is held out, of the recovery too: the weights are taken that do best on those, which are the
-recovery's own where no step helps.
+recovery's own where no step helps. A pass that does much harm is undone, and the next ones take smaller steps: how
+large they may be differs from network to network by more than ten times.
 """
 
 from __future__ import annotations
@@ -58,6 +59,10 @@ _VALUES = 3  # what a pass holds for each value: it, its gradient, and what is m
 _RATE = 3e-3
 _WARM_UP = 0.1  # share of the updates in which the steps grow to their full size; then they shrink by a cosine
 _DECAY = (0.9, 0.999)
+# A pass that raises the error by more than this is undone. What steps add to it grows as they do: the next ones are as
+# much smaller as it was too large, and by this at least.
+_HARM = 2.0
+_LEAST_SLOWER, _MOST_SLOWER = 0.25, 0.01
 _SHIFT = 16  # images are shifted by up to their size over this
 _MOST_CHANNELS = 4
 
@@ -180,7 +185,7 @@ def _refine(
     first = best = student.error(test, values, scale, batch)
     found, best_pass = [v.copy() for v in values], 0
     updates = passes * (n // batch)
-    update = 0
+    update, size = 0, 1.0
     for done in range(passes):
         if progress is not None:
             progress("refine", done, passes)
@@ -188,13 +193,15 @@ def _refine(
         for start in range(0, n - batch + 1, batch):
             feed = _vary(select(fit, student.inputs, np.sort(order[start : start + batch])), student.inputs, rng)
             gradients = student.gradients(feed, values, scale, batch)
-            optimizer.step(values, gradients, _pace(update, updates))
+            optimizer.step(values, gradients, size * _pace(update, updates))
             update += 1
         error = student.error(test, values, scale, batch)
-        if not math.isfinite(error):
-            break
         if error < best:
             best, best_pass, found = error, done + 1, [v.copy() for v in values]
+        elif not error <= _HARM * best:  # no number, too
+            size *= min(max(best / error, _MOST_SLOWER), _LEAST_SLOWER) if math.isfinite(error) else _MOST_SLOWER
+            values = [v.copy() for v in found]
+            optimizer = _Adam(student.parameters)
     if progress is not None:
         progress("refine", passes, passes)
     if not best_pass:
