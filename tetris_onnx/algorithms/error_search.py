@@ -134,8 +134,7 @@ def eliminate_blocks(
         held = done * size
         columns = inverse[live[slots]][:, :, live].reshape(gone.size, n * size)
         columns -= v[:held, gone].T @ v[:held, : n * size]
-        factor = np.linalg.cholesky(columns[:, gone])
-        whiten = linalg.solve_triangular(factor, np.eye(gone.size, dtype=np.float32), lower=True, check_finite=False)
+        whiten = _inverse(np.linalg.cholesky(columns[:, gone]))
         added = np.matmul(whiten, columns, out=v[held : held + gone.size, : n * size])
         z = whiten @ w[:, gone].T
         order.append(live[slots])
@@ -291,13 +290,14 @@ def _explained(samples: LayerSamples, s: NDArray[np.int64]) -> NDArray[np.float6
     """By how much the features ``s`` lower each output's squared error, [out]."""
     if not s.size:
         return np.zeros(len(samples.cross))
-    return np.sum((_whiten(samples, s) @ samples.cross[:, s].T.astype(np.float32)) ** 2, axis=0, dtype=np.float64)
+    cross = samples.cross[:, s].T.astype(np.float32)
+    white = linalg.solve_triangular(_factor(samples, s), cross, lower=True, overwrite_b=True, check_finite=False)
+    return np.sum(white**2, axis=0, dtype=np.float64)
 
 
-def _whiten(samples: LayerSamples, s: NDArray[np.int64]) -> NDArray[np.float32]:
-    """The inverse of L, for ``H_ss = L L^T``. In single precision: what it serves is a choice between blocks."""
-    factor = np.linalg.cholesky(samples.hessian[np.ix_(s, s)].astype(np.float32))
-    return linalg.solve_triangular(factor, np.eye(s.size, dtype=np.float32), lower=True, check_finite=False)
+def _factor(samples: LayerSamples, s: NDArray[np.int64]) -> NDArray[np.float32]:
+    """L of ``H_ss = L L^T``. In single precision: what it serves is a choice between blocks."""
+    return np.linalg.cholesky(samples.hessian[np.ix_(s, s)].astype(np.float32))
 
 
 def _assign_inputs(samples: LayerSamples, pruned: Pruned, block: tuple[int, int], workers: int | None) -> Permutation:
@@ -327,7 +327,7 @@ def _channel_worth(
     rest = np.setdiff1d(np.arange(samples.features), s)
     cross = samples.cross[rows].astype(np.float32)
     worth = np.zeros(channels)
-    white = _whiten(samples, s) if s.size else np.zeros((0, 0), np.float32)
+    white = _inverse(_factor(samples, s)) if s.size else np.zeros((0, 0), np.float32)
     z = white @ cross[:, s].T
     fitted = z.T @ white
     lifted = white @ samples.hessian[np.ix_(s, rest)].astype(np.float32)
@@ -340,6 +340,14 @@ def _channel_worth(
         left = samples.hessian[np.ix_(rest[part], rest[part])] - lifted[:, part].T @ lifted[:, part]
         worth[rest[start] // taps] = _quadratic(residual[:, part], left)
     return worth
+
+
+def _inverse(factor: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The inverse of a lower triangular matrix."""
+    inverse: NDArray[np.float32]
+    inverse, failed = linalg.lapack.strtri(factor, lower=1)
+    assert not failed  # the diagonal of a Cholesky factor is positive
+    return inverse
 
 
 def _quadratic(vectors: NDArray, matrix: NDArray) -> float:
