@@ -297,7 +297,8 @@ def _explained(samples: LayerSamples, s: NDArray[np.int64]) -> NDArray[np.float6
 
 def _factor(samples: LayerSamples, s: NDArray[np.int64]) -> NDArray[np.float32]:
     """L of ``H_ss = L L^T``. In single precision: what it serves is a choice between blocks."""
-    return np.linalg.cholesky(samples.hessian[np.ix_(s, s)].astype(np.float32))
+    factor: NDArray[np.float32] = np.linalg.cholesky(samples.hessian[np.ix_(s, s)].astype(np.float32))
+    return factor
 
 
 def _assign_inputs(samples: LayerSamples, pruned: Pruned, block: tuple[int, int], workers: int | None) -> Permutation:
@@ -344,7 +345,6 @@ def _channel_worth(
 
 def _inverse(factor: NDArray[np.float32]) -> NDArray[np.float32]:
     """The inverse of a lower triangular matrix."""
-    inverse: NDArray[np.float32]
     inverse, failed = linalg.lapack.strtri(factor, lower=1)
     assert not failed  # the diagonal of a Cholesky factor is positive
     return inverse
