@@ -337,7 +337,7 @@ def inspect(
         print_json(value)
         return
     console = open_console()
-    console.print(layer_table(layers))
+    console.print(layer_table(layers, console.width))
     console.print(f"{prunable} of {len(layers)} layers can be pruned", highlight=False)
     if before is not None and after:
         console.print(

@@ -142,9 +142,7 @@ def random_samples(
     Raises `CalibrationError` for a shape that does not fit the model.
     """
     shapes = shapes or {}
-    unknown = set(shapes) - {spec.name for spec in inputs}
-    if unknown:
-        raise CalibrationError(f"no input {sorted(unknown)[0]!r}; the model has {_listing(inputs)}")
+    _check_names(shapes, inputs)
     rng = np.random.default_rng(seed)
     samples = {}
     for spec in inputs:
@@ -174,6 +172,7 @@ def runnable_samples(
     Raises `CalibrationError` where none is accepted, with what the run said.
     """
     given = shapes or {}
+    _check_names(given, inputs)
     still_open = [s for s in inputs if s.name not in given and any(not isinstance(d, int) for d in s.shape[1:])]
     if not still_open:
         return random_samples(inputs, n, seed, given)
@@ -317,6 +316,12 @@ def _fit(file: Path, array: NDArray, spec: InputSpec) -> NDArray:
     if converted.dtype.kind == "f" and not np.isfinite(converted).all():
         raise CalibrationError(f"{found}; it has NaN or infinite values")
     return converted
+
+
+def _check_names(shapes: Shapes, inputs: Sequence[InputSpec]) -> None:
+    unknown = set(shapes) - set(_names(inputs))
+    if unknown:
+        raise CalibrationError(f"no input {sorted(unknown)[0]!r}; the model has {_listing(inputs)}")
 
 
 def _concrete_shape(spec: InputSpec, n: int, given: Sequence[int] | None, size: int) -> tuple[int, ...]:

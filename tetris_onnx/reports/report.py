@@ -32,6 +32,8 @@ COLUMNS = (
     *("loss at half", "loss", "output error", "predicted ms", "measured ms", "status"),
 )
 _SUFFIXES = ".json", ".md", ".html"
+# Columns of a terminal that has room for the whole table.
+_WIDE = 100
 
 
 class ReportError(TetrisError, ValueError):
@@ -188,9 +190,10 @@ def threads_text(threads: int) -> str:
     return "one thread" if threads == 1 else f"{threads} threads"
 
 
-def layer_table(layers: Sequence[LayerReport]) -> Table:
-    """The layers as a table for a terminal, where 80 columns have to do: "retained" is without -> with reordering.
+def layer_table(layers: Sequence[LayerReport], width: int) -> Table:
+    """The layers as a table for a terminal of ``width`` columns: "retained" is without -> with reordering.
 
+    Where the terminal is narrow, only with; what does not fit goes on in the next line, and nothing is left out.
     "sensitivity" is the predicted loss of the outputs with half of the layer's blocks. Times are milliseconds dense ->
     as it is now, measured where they have been.
     """
@@ -202,13 +205,13 @@ def layer_table(layers: Sequence[LayerReport]) -> Table:
     columns = ["weight", "block", *(["density", "retained"] if planned else ["MACs"]), *["sensitivity"] * allocated]
     for header in columns:
         table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("measured ms" if measured else "predicted ms", justify="right")
-    table.add_column("status", min_width=len("block-sparse"))
+    table.add_column("measured ms" if measured else "predicted ms", justify="right", overflow="fold")
+    table.add_column("status", min_width=len("block-sparse"), overflow="fold")
     for row in layers:
         cells = [row.node, _dims(row.weight_shape), _dims(row.block_size or ())]
         if planned:
             shares = "" if row.retained is None else percent(row.retained)
-            if row.baseline is not None:
+            if row.baseline is not None and width >= _WIDE:
                 shares = f"{100 * row.baseline:.1f} -> {shares}"
             cells += [percent(row.density), shares]
         else:
@@ -223,7 +226,7 @@ def layer_table(layers: Sequence[LayerReport]) -> Table:
 def print_report(report: Report, console: Console) -> None:
     """Print the layers and the totals."""
     console.print(f"{report.model} -> {report.output}", markup=False, highlight=False)
-    console.print(layer_table(report.layers))
+    console.print(layer_table(report.layers, console.width))
     totals = Table.grid(padding=(0, 2))
     for label, text in summary(report):
         totals.add_row(label, escape_markup(text))
