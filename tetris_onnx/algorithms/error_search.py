@@ -295,10 +295,9 @@ def _explained(samples: LayerSamples, s: NDArray[np.int64]) -> NDArray[np.float6
     return np.sum(white**2, axis=0, dtype=np.float64)
 
 
-def _factor(samples: LayerSamples, s: NDArray[np.int64]) -> NDArray[np.float32]:
+def _factor(samples: LayerSamples, s: NDArray[np.int64]) -> NDArray:
     """L of ``H_ss = L L^T``. In single precision: what it serves is a choice between blocks."""
-    factor: NDArray[np.float32] = np.linalg.cholesky(samples.hessian[np.ix_(s, s)].astype(np.float32))
-    return factor
+    return np.linalg.cholesky(samples.hessian[np.ix_(s, s)].astype(np.float32))
 
 
 def _assign_inputs(samples: LayerSamples, pruned: Pruned, block: tuple[int, int], workers: int | None) -> Permutation:
@@ -343,7 +342,7 @@ def _channel_worth(
     return worth
 
 
-def _inverse(factor: NDArray[np.float32]) -> NDArray[np.float32]:
+def _inverse(factor: NDArray) -> NDArray:
     """The inverse of a lower triangular matrix."""
     inverse, failed = linalg.lapack.strtri(factor, lower=1)
     assert not failed  # the diagonal of a Cholesky factor is positive
