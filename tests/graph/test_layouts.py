@@ -19,14 +19,14 @@ WIDE = {"kernel_shape": [3, 3], "strides": [2, 2]}
 
 def network() -> Net:
     """Every kind of node behind convolutions of 32 channels."""
-    net = Net()
+    net = Net(20)
     first = net.op("Relu", net.conv(net.input("x", [1, 3, 32, 32]), (3, 32)))
     a = net.op("MaxPool", first, **WIDE)
     b = net.op("Relu", net.conv(a, (32, 32), 1))
-    c = net.conv(a, (32, 32))
-    joined = net.op("Add", b, c)
+    c = net.op("HardSwish", net.conv(a, (32, 32)))
+    joined = net.op("Gelu", net.op("Add", b, c))
     d = net.op("Concat", joined, net.op("AveragePool", joined, kernel_shape=[1, 1]), axis=1)
-    e = net.op("HardSwish", net.conv(d, (64, 24)))
+    e = net.op("Softplus", net.conv(d, (64, 24)))
     net.output(net.op("Flatten", net.op("GlobalAveragePool", e)))
     return net
 
@@ -38,10 +38,10 @@ def test_of_each_node() -> None:
     assert {layout for name, layout in found.items() if ops[name] == "Conv"} == {Layout.BLOCKED}
     by_op = {ops[name]: layout for name, layout in found.items()}
     assert by_op["MaxPool"] is by_op["AveragePool"] is Layout.BLOCKED
-    assert by_op["Relu"] is Layout.FOLLOWS
+    assert by_op["Relu"] is by_op["HardSwish"] is by_op["Gelu"] is Layout.FOLLOWS
     assert by_op["Add"] is by_op["Concat"] is Layout.JOINS
     # 24 channels do not fill the lanes.
-    assert by_op["HardSwish"] is by_op["Flatten"] is by_op["GlobalAveragePool"] is Layout.PLAIN
+    assert by_op["Softplus"] is by_op["Flatten"] is by_op["GlobalAveragePool"] is Layout.PLAIN
     assert all(layout_of(node, 1) is Layout.PLAIN for node in graph.nodes)
     first, *others = [node for node in graph.nodes if node.op == "Conv"]
     assert reads_plain(first, 16) and not any(reads_plain(node, 16) for node in others)
@@ -55,7 +55,7 @@ def test_a_convolution_of_no_groups_is_not_blocked() -> None:
 
 
 def test_onnxruntime_does_so(tmp_path: Path) -> None:
-    """No change of layout where none is expected: at the HardSwish, which its layout does not have, and at no other."""
+    """No change of layout where none is expected: at the Softplus, which its layout does not have, and at no other."""
     options = onnxruntime.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 3

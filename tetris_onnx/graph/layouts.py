@@ -20,6 +20,8 @@ _FOLLOWERS = (
     "Tanh",
     "LeakyRelu",
     "HardSigmoid",
+    "HardSwish",  # as HardSigmoid and Mul
+    "Gelu",
     "Clip",
     "BatchNormalization",
     "Identity",
