@@ -14,9 +14,10 @@ import pytest
 
 from models import Net, block_sparse_nodes, op_counts, random_feed, relative_error, run
 from tetris_onnx import runtime
+from tetris_onnx.accuracy.compare import CompareError
 from tetris_onnx.accuracy.verification import VerificationError, verify
 from tetris_onnx.config import Config, LayerRule
-from tetris_onnx.data.calibration import Data
+from tetris_onnx.data.calibration import CalibrationError, Data
 from tetris_onnx.graph import io
 from tetris_onnx.graph.io import ModelError
 from tetris_onnx.passes import PassError
@@ -153,6 +154,27 @@ def test_files_that_are_no_models(tmp_path: Path, content: bytes) -> None:
         optimize(tmp_path / "m.onnx", CONFIG)
     with pytest.raises(ModelError, match="no such file"):
         optimize(tmp_path / "no.onnx", CONFIG)
+
+
+def test_samples_may_be_arrays() -> None:
+    x = np.random.default_rng(0).standard_normal((8, 3, 12, 12), np.float32)
+    config = replace(CONFIG, refine=0, sweeps=1)
+    by_name, single = (optimize(network(), config, calibration=arrays) for arrays in ({"x": x}, x))
+    assert by_name.model == single.model == optimize(network(), config, calibration=Data("d", {"x": x})).model
+    with pytest.raises(CalibrationError, match="the arrays: no array 'x'; found y; the model has the input x: float32"):
+        optimize(network(), config, calibration={"y": x})
+    with pytest.raises(CalibrationError, match="the arrays: 'x' is float64"):
+        optimize(network(), config, calibration={"x": x[:, :2].astype(np.float64)})
+    labels = {"x": x, "label": np.zeros(8, int)}
+    with pytest.raises(CompareError, match="labels from 10 to 10; the model has 10 classes"):
+        optimize(network(), config, calibration=x, max_drop=100.0, labeled=labels | {"label": np.full(8, 10)})
+    assert "loses" in optimize(network(), config, calibration=x, max_drop=100.0, labeled=labels).report.notes[0]
+
+
+@pytest.mark.parametrize("model", [b"bytes", None, 3])
+def test_what_is_no_model_at_all(model: object) -> None:
+    with pytest.raises(ModelError, match=r"expected the path of an ONNX file or an onnx\.ModelProto, found"):
+        optimize(model, CONFIG)
 
 
 def test_a_model_that_onnxruntime_does_not_load_is_told_before_the_search(tmp_path: Path) -> None:

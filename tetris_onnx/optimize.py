@@ -29,6 +29,7 @@ from tetris_onnx.data.calibration import (
     CalibrationError,
     Data,
     Samples,
+    Source,
     count,
     fixed_batch,
     model_inputs,
@@ -112,25 +113,26 @@ def optimize(
     model: str | Path | onnx.ModelProto,
     config: Config | None = None,
     plan: Plan | None = None,
-    calibration: str | Path | Data | None = None,
+    calibration: Source | Data | None = None,
     progress: Progress | None = None,
     dump_passes: str | Path | None = None,
     measure: bool = False,
     images: ImageOptions | None = None,
     max_drop: float | None = None,
-    labeled: Data | None = None,
+    labeled: Source | Data | None = None,
     weight_pictures: bool = False,
     machine: Machine | None = None,
 ) -> Result:
     """Reorder, prune and lower the layers of ``model``, and verify the result in onnxruntime.
 
-    ``calibration``: samples without labels: an .npz with one array per model input, or a folder of images, which
-    ``images`` says how to scale. With them, layers are pruned by the error of their outputs and refitted to what they
-    see, which brings back most of the accuracy. ``plan`` replaces the search. ``dump_passes``: a folder for the model
-    after each pass. ``model`` is not changed.
+    ``calibration``: samples without labels: arrays by the name of the model's input, an .npz of such, or a folder of
+    images, which ``images`` says how to scale. With them, layers are pruned by the error of their outputs and refitted
+    to what they see, which brings back most of the accuracy. ``plan`` replaces the search. ``dump_passes``: a folder
+    for the model after each pass. ``model`` is not changed.
 
     ``max_drop``: prune as much as loses so many points of accuracy at most (``config.sparsity`` is not used), measured
-    on the samples ``labeled``; without them on a quarter of the calibration samples, if these have labels.
+    on the samples ``labeled`` (as ``calibration``, with an array ``label``); without them on a quarter of the
+    calibration samples, if these have labels.
 
     ``measure``: time the result against the dense model on this machine, make layers that are slower than dense (beyond
     noise) dense again, and report what was measured; the first time, also fit the cost model to the machine.
@@ -154,7 +156,7 @@ def optimize(
         raise ConfigError(f"importance {config.importance} is measured on samples: give calibration, or use l1 or l2")
     clock = _Clock(progress)
     with clock.stage("load"):
-        original = io.load(model) if isinstance(model, (str, Path)) else model
+        original = io.given(model)
         source = io.raise_opset(original)
         graph = io.to_graph(source)
         weight_file = io.open_weights() if io.is_large(source) else None
@@ -166,8 +168,10 @@ def optimize(
         # Without samples, all that is asked of it is its inputs.
         proto = source if calibration is None else io.to_proto(prepared, source, weight_file)
         inputs = model_inputs(proto)
-        if isinstance(calibration, (str, Path)):
+        if calibration is not None and not isinstance(calibration, Data):
             calibration = load_data(calibration, inputs, images)
+        if labeled is not None and not isinstance(labeled, Data):
+            labeled = load_data(labeled, inputs, images)
         if max_drop is not None and labeled is None:
             if calibration is None or calibration.labels is None:
                 raise CalibrationError("the accuracy that max_drop limits needs labeled samples")

@@ -117,7 +117,7 @@ def inspect(
 
     Raises `ModelError` for a file that is no model.
     """
-    proto = io.raise_opset(io.load(model) if isinstance(model, (str, Path)) else model)
+    proto = io.raise_opset(io.given(model))
     config = config or Config()
     graph = prepare(io.to_graph(proto), config.precision == "int8")
     return [describe(c, None, None) for c in survey(graph, config, machine)]

@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any
 from tetris_onnx.errors import TetrisError
 
 if TYPE_CHECKING:
+    import onnx
     import onnxruntime
+
+
+# In session options that the op library has been registered with: onnxruntime refuses it a second time.
+_REGISTERED = "tetris_onnx.registered"
 
 
 class RuntimeMissingError(TetrisError, ImportError):
@@ -66,9 +71,13 @@ def get_library_path() -> str:
 
 
 def register(session_options: onnxruntime.SessionOptions) -> None:
-    """Make the block-sparse ops known to sessions created with these options."""
+    """Make the block-sparse ops known to sessions created with these options. Options may be given again."""
     import_onnxruntime()
+    with contextlib.suppress(RuntimeError):  # there is no such entry: they are new
+        if session_options.get_session_config_entry(_REGISTERED):
+            return
     session_options.register_custom_ops_library(get_library_path())
+    session_options.add_session_config_entry(_REGISTERED, "1")
 
 
 def preload_cuda() -> None:
@@ -80,15 +89,15 @@ def preload_cuda() -> None:
 
 
 def InferenceSession(
-    path_or_bytes: str | bytes | os.PathLike[str],
+    path_or_bytes: str | bytes | os.PathLike[str] | onnx.ModelProto,
     sess_options: onnxruntime.SessionOptions | None = None,
     providers: Sequence[str | tuple[str, Mapping[str, Any]]] | None = None,
     provider_options: Sequence[Mapping[str, Any]] | None = None,
 ) -> onnxruntime.InferenceSession:
     """An onnxruntime.InferenceSession with the block-sparse ops registered; the arguments are onnxruntime's own.
 
-    `sess_options` is registered with the op library in place. `providers` defaults to CUDA where onnxruntime offers it,
-    then the CPU.
+    The model may also be an onnx.ModelProto (of less than 2 GB). `sess_options` is registered with the op library in
+    place. `providers` defaults to CUDA where onnxruntime offers it, then the CPU.
     """
     ort = import_onnxruntime()
     options = sess_options if sess_options is not None else ort.SessionOptions()
@@ -98,5 +107,7 @@ def InferenceSession(
         providers = [provider for provider in wanted if provider in ort.get_available_providers()]
     if any("CUDAExecutionProvider" in (provider, provider[0]) for provider in providers):
         preload_cuda()
+    if not isinstance(path_or_bytes, (str, bytes, os.PathLike)):
+        path_or_bytes = path_or_bytes.SerializeToString()
     model = path_or_bytes if isinstance(path_or_bytes, bytes) else os.fspath(path_or_bytes)
     return ort.InferenceSession(model, options, providers=providers, provider_options=provider_options)

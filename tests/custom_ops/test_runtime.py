@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
@@ -26,7 +27,7 @@ def test_session_from_bytes_and_path(tmp_path: Path, model_and_input: tuple[byte
     model, x, expected = model_and_input
     path = tmp_path / "model.onnx"
     path.write_bytes(model)
-    for source in (model, path, str(path)):
+    for source in (model, path, str(path), onnx.ModelProto.FromString(model)):
         session = runtime.InferenceSession(source, providers=["CPUExecutionProvider"])
         np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, atol=1e-5)
 
@@ -49,6 +50,14 @@ def test_session_options_are_used(tmp_path: Path, model_and_input: tuple[bytes, 
     options.log_severity_level = 4
     runtime.InferenceSession(model_and_input[0], options)
     assert (tmp_path / "optimized.onnx").is_file()
+
+
+def test_options_serve_more_than_one_session(model_and_input: tuple[bytes, models.Array, models.Array]) -> None:
+    model, x, expected = model_and_input
+    options = onnxruntime.SessionOptions()
+    for _ in range(2):
+        session = runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        np.testing.assert_allclose(session.run(None, {"x": x})[0], expected, atol=1e-5)
 
 
 def test_library_named_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

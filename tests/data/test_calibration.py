@@ -76,7 +76,7 @@ def test_a_member_that_is_no_array_is_refused(tmp_path: Path, name: str) -> None
 def test_an_npy_is_the_only_input(tmp_path: Path) -> None:
     np.save(tmp_path / "d.npy", images())
     np.testing.assert_array_equal(load_samples(tmp_path / "d.npy", [IMAGE])["x"], images())
-    with pytest.raises(CalibrationError, match="holds one array"):
+    with pytest.raises(CalibrationError, match="a single array, but the model has the inputs"):
         load_samples(tmp_path / "d.npy", [IMAGE, TOKENS])
 
 

@@ -1,6 +1,7 @@
-"""Inputs to run a model on: read from a file of the user's, or random.
+"""Inputs to run a model on: the user's, from a file or as arrays, or random.
 
-A file is an ``.npz`` with one array per model input, by the input's name, or an ``.npy`` for a model with one input.
+A file is an ``.npz`` with one array per model input, by the input's name, or an ``.npy`` for a model with one input; a
+mapping of arrays and a single array stand for the same.
 The first axis counts the samples. Values are what the model expects, already scaled: nothing here rescales, and
 integers for an input of floats are an error, since they are most likely an image that still has to be scaled. Labels
 (`load_labels`) may be in the same file.
@@ -24,6 +25,7 @@ from tetris_onnx.errors import TetrisError
 
 Samples: TypeAlias = dict[str, NDArray]  # one array per model input, first axis = samples
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
+Source: TypeAlias = str | Path | Mapping[str, NDArray] | NDArray  # a file or folder, arrays by name, or a single one
 
 LABEL_NAMES = ("label", "labels", "y")
 # What to try for a height, width or length that the model leaves open: most vision models take 224, the others cover
@@ -88,29 +90,29 @@ def model_inputs(model: onnx.ModelProto) -> tuple[InputSpec, ...]:
     return tuple(specs)
 
 
-def load_samples(path: str | Path, inputs: Sequence[InputSpec]) -> Samples:
-    """Read the arrays of the model's ``inputs`` from an .npz or .npy file, or from every such file of a folder in turn.
+def load_samples(source: Source, inputs: Sequence[InputSpec]) -> Samples:
+    """The arrays of the model's ``inputs`` from an .npz or .npy file, every such file of a folder in turn, or as given.
 
     Floats become the input's float type and integers its integer type where no value changes by more than rounding.
     Raises `CalibrationError` saying what was found and what was expected.
     """
-    parts = [_select(file, found, arrays, inputs) for file, found, arrays in _read(Path(path), _names(inputs))]
+    parts = [_select(file, found, arrays, inputs) for file, found, arrays in _read(source, _names(inputs))]
     samples = {spec.name: np.concatenate([part[spec.name] for part in parts]) for spec in inputs if spec.shape}
     counts = {name: len(array) for name, array in samples.items()}
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{name} has {n}" for name, n in counts.items())
-        raise CalibrationError(f"{path}: every input needs the same number of samples, but {found}")
+        raise CalibrationError(f"{source_name(source)}: every input needs the same number of samples, but {found}")
     return samples | {spec.name: parts[0][spec.name] for spec in inputs if not spec.shape}
 
 
-def load_labels(path: str | Path, inputs: Sequence[InputSpec]) -> NDArray[np.int64] | None:
+def load_labels(source: Source, inputs: Sequence[InputSpec]) -> NDArray[np.int64] | None:
     """The class of each sample: the array ``label``, ``labels`` or ``y`` that is no model input; None if there is none.
 
     Raises `CalibrationError` where it is not a list of integers, or only some files of a folder have it.
     """
     names = tuple(name for name in LABEL_NAMES if name not in _names(inputs))
     parts, unlabeled = [], 0
-    for file, found, arrays in _read(Path(path), names):
+    for file, found, arrays in _read(source, names):
         if found == [""]:  # an .npy holds an input
             arrays = {}
         if not arrays:
@@ -127,7 +129,7 @@ def load_labels(path: str | Path, inputs: Sequence[InputSpec]) -> NDArray[np.int
     if not parts:
         return None
     if unlabeled:
-        raise CalibrationError(f"{path}: {unlabeled} of {unlabeled + len(parts)} files have no labels")
+        raise CalibrationError(f"{source_name(source)}: {unlabeled} of {unlabeled + len(parts)} files have no labels")
     return np.concatenate(parts)
 
 
@@ -235,12 +237,25 @@ def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def source_name(source: Source) -> str:
+    """What to call samples in a message."""
+    return str(source) if isinstance(source, (str, Path)) else "the arrays"
+
+
 def _names(inputs: Sequence[InputSpec]) -> tuple[str, ...]:
     return tuple(spec.name for spec in inputs)
 
 
-def _read(path: Path, wanted: Sequence[str]) -> Iterator[tuple[Path, list[str], Samples]]:
+def _read(source: Source, wanted: Sequence[str]) -> Iterator[tuple[str, list[str], Samples]]:
     """Per file: its path, the names in it and the arrays that are wanted; an .npy has one array, named ""."""
+    if isinstance(source, np.ndarray):
+        yield source_name(source), [""], {"": source}
+        return
+    if isinstance(source, Mapping):
+        given = {name: np.asarray(source[name]) for name in wanted if name in source}
+        yield source_name(source), list(source), given
+        return
+    path = Path(source)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.suffix.lower() in (".npz", ".npy"))
         if not files:
@@ -265,7 +280,7 @@ def _read(path: Path, wanted: Sequence[str]) -> Iterator[tuple[Path, list[str], 
         except Exception as error:  # np.load raises many types for broken or hostile files
             why = "pickled objects are not read, if it has any" if "pickle" in str(error) else error
             raise CalibrationError(f"{file}: not an .npz or .npy file of numbers ({why})") from None
-        yield file, found, arrays
+        yield str(file), found, arrays
 
 
 def _refuse_bomb(file: Path) -> None:
@@ -276,10 +291,12 @@ def _refuse_bomb(file: Path) -> None:
             raise CalibrationError(f"{file}: {file.stat().st_size} bytes that unpack to {size}: no samples of numbers")
 
 
-def _select(file: Path, found: Sequence[str], arrays: Samples, inputs: Sequence[InputSpec]) -> Samples:
+def _select(file: str, found: Sequence[str], arrays: Samples, inputs: Sequence[InputSpec]) -> Samples:
     if "" in arrays:
         if len(inputs) != 1:
-            raise CalibrationError(f"{file}: an .npy holds one array; the model has {_listing(inputs)}: use .npz")
+            raise CalibrationError(
+                f"{file}: a single array, but the model has {_listing(inputs)}: give them by name, in an .npz"
+            )
         return {inputs[0].name: _fit(file, arrays[""], inputs[0])}
     missing = [spec for spec in inputs if spec.name not in arrays]
     if missing:
@@ -290,7 +307,7 @@ def _select(file: Path, found: Sequence[str], arrays: Samples, inputs: Sequence[
     return {spec.name: _fit(file, arrays[spec.name], spec) for spec in inputs}
 
 
-def _fit(file: Path, array: NDArray, spec: InputSpec) -> NDArray:
+def _fit(file: str, array: NDArray, spec: InputSpec) -> NDArray:
     """The array in the type of the input, or a `CalibrationError`."""
     found = f"{file}: {spec.name!r} is {array.dtype} {list(array.shape)}, the model input is {spec}"
     fits = array.ndim == len(spec.shape) and all(

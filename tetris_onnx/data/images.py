@@ -18,7 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from tetris_onnx.data.calibration import CalibrationError, Data, InputSpec, count, load_labels, load_samples
+from tetris_onnx.data.calibration import (
+    CalibrationError,
+    Data,
+    InputSpec,
+    Source,
+    count,
+    load_labels,
+    load_samples,
+    source_name,
+)
 from tetris_onnx.data.image_options import CHANNELS, LAYOUTS, ImageOptions
 
 SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
@@ -26,18 +35,17 @@ SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", "
 _IN_MEMORY = 2 * 10**9
 
 
-def load_data(path: str | Path, inputs: Sequence[InputSpec], options: ImageOptions | None = None) -> Data:
+def load_data(source: Source, inputs: Sequence[InputSpec], options: ImageOptions | None = None) -> Data:
     """Samples and labels for the model's ``inputs``: a folder of images, or arrays (see `calibration.load_samples`).
 
     Raises `CalibrationError` for data that does not fit.
     """
-    if is_image_folder(path):
-        return load_images(path, inputs, options or ImageOptions())
-    labels = load_labels(path, inputs)
-    samples = load_samples(path, inputs)
+    if isinstance(source, (str, Path)) and is_image_folder(source):
+        return load_images(source, inputs, options or ImageOptions())
+    samples, labels = load_samples(source, inputs), load_labels(source, inputs)
     if labels is not None and len(labels) != count(samples, inputs):
-        raise CalibrationError(f"{path}: {len(labels)} labels for {count(samples, inputs)} samples")
-    return Data(str(path), samples, labels)
+        raise CalibrationError(f"{source_name(source)}: {len(labels)} labels for {count(samples, inputs)} samples")
+    return Data(source_name(source), samples, labels)
 
 
 def is_image_folder(path: str | Path) -> bool:

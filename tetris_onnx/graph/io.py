@@ -168,6 +168,15 @@ def _has_no_shape(value: onnx.ValueInfoProto) -> bool:
     return value.type.HasField("tensor_type") and not value.type.tensor_type.HasField("shape")
 
 
+def given(model: str | Path | onnx.ModelProto) -> onnx.ModelProto:
+    """A model from its file, or as it is. Raises `ModelError` for anything else."""
+    if isinstance(model, onnx.ModelProto):
+        return model
+    if not isinstance(model, (str, Path)):
+        raise ModelError(f"expected the path of an ONNX file or an onnx.ModelProto, found {type(model).__name__}")
+    return load(model)
+
+
 def save(model: onnx.ModelProto, path: str | Path) -> None:
     """Write a model, whole or not at all. Above 2 GB its weights go to a file beside it, ``PATH.data``.
 
