@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import linalg
 
 from tetris_onnx.algorithms.blocks import group_capacities, original_mask
 from tetris_onnx.algorithms.permutation import Permutation
@@ -33,6 +32,7 @@ _MANY = 32  # of so many blocks, one at a time is dropped; of more, as large a s
 # poor local optima (ResNet-20: up to 6 % of a layer's error). Block rows times cubed features, see _prune.
 _MOST_SHAKES = 8
 _SHAKING_WORK = 10**10
+_SMALL = 64  # triangular matrices are inverted at once
 _LEAST_GAIN = 0.03  # share of the error that an iteration has to save for another one to follow
 
 
@@ -290,14 +290,12 @@ def _explained(samples: LayerSamples, s: NDArray[np.int64]) -> NDArray[np.float6
     """By how much the features ``s`` lower each output's squared error, [out]."""
     if not s.size:
         return np.zeros(len(samples.cross))
-    cross = samples.cross[:, s].T.astype(np.float32)
-    white = linalg.solve_triangular(_factor(samples, s), cross, lower=True, overwrite_b=True, check_finite=False)
-    return np.sum(white**2, axis=0, dtype=np.float64)
+    return np.sum((_whiten(samples, s) @ samples.cross[:, s].T.astype(np.float32)) ** 2, axis=0, dtype=np.float64)
 
 
-def _factor(samples: LayerSamples, s: NDArray[np.int64]) -> NDArray:
-    """L of ``H_ss = L L^T``. In single precision: what it serves is a choice between blocks."""
-    return np.linalg.cholesky(samples.hessian[np.ix_(s, s)].astype(np.float32))
+def _whiten(samples: LayerSamples, s: NDArray[np.int64]) -> NDArray:
+    """The inverse of L, for ``H_ss = L L^T``. In single precision: what it serves is a choice between blocks."""
+    return _inverse(np.linalg.cholesky(samples.hessian[np.ix_(s, s)].astype(np.float32)))
 
 
 def _assign_inputs(samples: LayerSamples, pruned: Pruned, block: tuple[int, int], workers: int | None) -> Permutation:
@@ -327,7 +325,7 @@ def _channel_worth(
     rest = np.setdiff1d(np.arange(samples.features), s)
     cross = samples.cross[rows].astype(np.float32)
     worth = np.zeros(channels)
-    white = _inverse(_factor(samples, s)) if s.size else np.zeros((0, 0), np.float32)
+    white = _whiten(samples, s) if s.size else np.zeros((0, 0), np.float32)
     z = white @ cross[:, s].T
     fitted = z.T @ white
     lifted = white @ samples.hessian[np.ix_(s, rest)].astype(np.float32)
@@ -343,9 +341,15 @@ def _channel_worth(
 
 
 def _inverse(factor: NDArray) -> NDArray:
-    """The inverse of a lower triangular matrix."""
-    inverse, failed = linalg.lapack.strtri(factor, lower=1)
-    assert not failed  # the diagonal of a Cholesky factor is positive
+    """The inverse of a lower triangular matrix, by halves: in products, which let other threads run meanwhile."""
+    n = len(factor)
+    if n <= _SMALL:
+        return np.tril(np.linalg.inv(factor))
+    half = n // 2
+    inverse = np.zeros_like(factor)
+    first, second = _inverse(factor[:half, :half]), _inverse(factor[half:, half:])
+    inverse[:half, :half], inverse[half:, half:] = first, second
+    inverse[half:, :half] = -(second @ factor[half:, :half]) @ first
     return inverse
 
 

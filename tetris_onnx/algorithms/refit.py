@@ -147,10 +147,10 @@ class LayerSamples:
     @cached_property
     def inverse(self) -> NDArray[np.float64]:
         """The inverse of H."""
-        lower, failed = linalg.lapack.dpotri(cholesky(self.hessian)[0], lower=1, overwrite_c=1)
+        upper, failed = linalg.lapack.dpotri(cholesky(self.hessian)[0], lower=0, overwrite_c=1)
         assert not failed
-        inverse = np.tril(lower)
-        inverse += np.tril(lower, -1).T
+        inverse = np.triu(upper)
+        inverse += np.triu(upper, 1).T
         return inverse
 
     @cached_property
@@ -425,8 +425,11 @@ class _Moments:
 
 
 def cholesky(matrix: NDArray) -> tuple[NDArray, bool]:
-    """The factor of a positive definite matrix, for scipy's cho_solve."""
-    return linalg.cho_factor(matrix, lower=True, check_finite=False)
+    """The factor of a positive definite matrix, for scipy's cho_solve.
+
+    By numpy, which lets other threads run meanwhile; scipy's does not. Transposed, it is laid out as LAPACK wants it.
+    """
+    return np.linalg.cholesky(matrix).T, False
 
 
 def _gram(u: NDArray) -> NDArray:
