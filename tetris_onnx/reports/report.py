@@ -1,6 +1,6 @@
 """What a run did: one row per layer, the totals, and what they look like as a table, JSON or Markdown.
 
-`report_page` makes a page of them.
+`tetris_onnx.reports.page` makes a page of them.
 
 Sizes count weights only (no biases). Multiplications are those of one sample; the share of them that a layer keeps is
 the share of its weights that it keeps, since a dropped block drops every product it takes part in.
