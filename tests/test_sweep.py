@@ -146,9 +146,9 @@ def test_a_sweep_finds_what_optimize_finds(model: Path, data: Data, tmp_path: Pa
     assert one.timing is not None and one.timing.speedup == 1e5 / one.file_size
 
 
-def test_without_labels_it_is_the_agreement(model: Path, tmp_path: Path, made_up_times: list[Path]) -> None:
+def test_without_samples_it_is_the_error(model: Path, tmp_path: Path, made_up_times: list[Path]) -> None:
     result = sweep(model, GRID[:1], tmp_path, QUICK, jobs=1)
-    assert (result.measure, result.data) == ("agreement", "random samples")
+    assert (result.measure, result.data) == ("error", "random samples")
     assert result.outcomes[0].accuracy is None
 
 

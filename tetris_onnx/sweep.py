@@ -197,7 +197,8 @@ def sweep(
 
     Everything is kept in ``folder``: a model and a JSON file for each setting. What the folder holds of the same model,
     options and versions is not computed again. ``calibration`` and ``data`` as in `optimize` and `compare`; without
-    data the models are compared on the calibration samples (their labels are not used), else on random ones.
+    data the models are compared on the calibration samples (their labels are not used), else, by the error of their
+    outputs, on random ones.
 
     ``jobs``: searches at a time (one per core by default); ``scheduler``: address of a Dask scheduler, whose workers
     search in their place. ``seconds`` and ``config.threads`` are those of `bench`, which runs here. Raises
@@ -221,7 +222,9 @@ def sweep(
             progress("settings", done, len(todo))
     found = _time_all(model, found, store, config.threads, seconds, judged, fixed_batch(inputs) or 1, progress)
     outcomes = tuple(found[setting] for setting in sorted(settings))
-    measure = next(m for m in MEASURES if all(o.failure or o.quality(m) is not None for o in outcomes))
+    # (random samples are often all of one class: that they stay so says nothing)
+    measures = MEASURES if judged is not None else ("error",)
+    measure = next(m for m in measures if all(o.failure or o.quality(m) is not None for o in outcomes))
     source = "random samples" if judged is None else judged.source
     return Sweep(str(model), str(folder), measure, source, outcomes, pareto_front(outcomes, measure), len(todo))
 
