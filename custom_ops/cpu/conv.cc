@@ -209,6 +209,7 @@ struct ConvKernel::Plan {
   };
 
   Spatial input, output;
+  bool for_pair;  // of threads: see LearnedThreads. The tiles are the same, and so are the results
   int64_t input_plane, output_plane;
   int64_t result_plane;  // of Y: smaller than output_plane where it is pooled
   bool pointwise, direct, side_masked;
@@ -237,25 +238,26 @@ struct ConvKernel::Plan {
 // Floats before and after a panel that a vector may touch (and ignore) beyond its ends.
 constexpr int64_t kPanelSlack = 64;
 
-std::shared_ptr<const ConvKernel::Plan> ConvKernel::plan_for(const Spatial& input) const {
+std::shared_ptr<const ConvKernel::Plan> ConvKernel::plan_for(const Spatial& input, bool for_pair) const {
   {
     const std::lock_guard<std::mutex> lock(plans_mutex_);
     for (const auto& plan : plans_) {
-      if (plan->input == input) return plan;
+      if (plan->input == input && plan->for_pair == for_pair) return plan;
     }
   }
-  std::shared_ptr<const Plan> plan = make_plan(input);
+  std::shared_ptr<const Plan> plan = make_plan(input, for_pair);
   const std::lock_guard<std::mutex> lock(plans_mutex_);
   if (plans_.size() == kMaxPlans) plans_.erase(plans_.begin());
   plans_.push_back(plan);
   return plan;
 }
 
-std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& input) const {
+std::shared_ptr<const ConvKernel::Plan> ConvKernel::make_plan(const Spatial& input, bool for_pair) const {
   auto owner = std::make_shared<Plan>();
   Plan& plan = *owner;
   const ConvAttributes& a = attributes_;
   plan.input = input;
+  plan.for_pair = for_pair;
   plan.output = conv_output_size(a, input);
   plan.input_plane = volume(input);
   if (fused_ == Fused::kMaxPool) plan.output[0] -= plan.output[0] % 2;  // an odd last row is not needed
@@ -361,6 +363,21 @@ void ConvKernel::read_from_panel(Plan& plan) const {
   }
   int64_t strip_rows = ceil_div(total_rows, strips);
   if (plan.band_rows > 0) strip_rows = strips == 1 ? total_rows : ceil_div(strip_rows, plan.band_rows) * plan.band_rows;
+  const int64_t row_pixels = plan.output[1] * width;
+  std::vector<int64_t> begins;  // first pixel of each strip
+  for (int64_t row = 0; row < total_rows; row += strip_rows) begins.push_back(row * row_pixels);
+  if (plan.for_pair && strips == 1 && plan.band_rows == 0 && kernels_.tiles == nullptr &&
+      plan.output_plane >= 4 * kernels_.conv_vectors * kernels_.lanes) {
+    // Two strips of the same tiles.
+    add_tiles(plan, 0, 0, plan.output_plane, true);
+    int64_t cut = 0;
+    for (const Plan::Tile& tile : plan.tiles) {
+      if (std::abs(2 * tile.pixel - plan.output_plane) < std::abs(2 * cut - plan.output_plane)) cut = tile.pixel;
+    }
+    plan.tiles.clear();
+    begins.push_back(cut);
+    strip_rows = std::max(ceil_div(cut, row_pixels), total_rows - cut / row_pixels);
+  }
   int64_t offset = 0;
   for (Plan::Phase& phase : plan.phases) {
     phase.offset = offset;
@@ -395,18 +412,17 @@ void ConvKernel::read_from_panel(Plan& plan) const {
     }
   }
   for (const int64_t c : column_) plan.channel_offset.push_back(c * plan.channel_stride);
-  for (int64_t row = 0; row < total_rows; row += strip_rows) {
-    const int64_t rows = std::min(strip_rows, total_rows - row);
-    const int64_t row_pixels = plan.output[1] * width;
-    add_strip(plan, row, rows, row * row_pixels, rows * row_pixels);
+  for (size_t s = 0; s < begins.size(); ++s) {
+    const int64_t begin = begins[s], end = s + 1 < begins.size() ? begins[s + 1] : plan.output_plane;
+    add_strip(plan, begin / row_pixels, ceil_div(end, row_pixels) - begin / row_pixels, begin, end - begin);
   }
 }
 
 // Adds the strip of `pixels` output pixels that begin at `pixel`, and its tiles.
 void ConvKernel::add_strip(Plan& plan, int64_t first_row, int64_t rows, int64_t pixel, int64_t pixels) const {
   const size_t begin = plan.tiles.size(), band_begin = plan.bands.size();
-  const int64_t source = plan.direct ? pixel : 0;
   const int64_t width = plan.output[2];
+  const int64_t source = plan.direct ? pixel : pixel - first_row * plan.output[1] * width;
   const int64_t most = plan.band_rows > 0 ? plan.band_rows * width : pixels;
   for (int64_t done = 0; done < pixels; done += most) {
     const int64_t count = std::min(most, pixels - done);
@@ -533,7 +549,8 @@ void ConvKernel::add_tile_masks(Plan& plan) const {
 
 // One run, divided into work items. A stage is one strip of one image.
 //   panel, many stages: an item is a stage; the thread makes the panel in its own scratch memory;
-//   direct, or panel, few stages (all threads make the panels): an item is (stage, some of its tiles, block row).
+//   direct, or panel, few stages (all threads make the panels, or each of a pair a copy of its own): an item is (stage, some of
+//   its tiles, block row).
 // Threads take neighboring items. In the order (tiles, block row) each has a part of the map to itself, which it wrote in
 // the layer before; in the order (block row, tiles) a part of the weights. What is larger should stay where it is.
 struct ConvKernel::Work {
@@ -545,7 +562,8 @@ struct ConvKernel::Work {
   int64_t stages = 0;
   int64_t parts = 1, rows = 1;  // items in a stage: parts of its tiles (of its bands, if pooled) by block rows
   bool rows_first = false;      // items are in the order (block row, part)
-  float* panels = nullptr;  // of all stages, or null
+  float* panels = nullptr;      // of all stages, or null
+  bool copies = false;          // each thread makes the panel of the stage that it enters
   bool shared = false;  // several threads work on a stage
   Quantization* quantized = nullptr;  // of each image (kInt8)
   // Where it has to be found, for each image by itself: the ranges of parts of the channels that are read.
@@ -584,6 +602,7 @@ struct ConvKernel::Work {
   // Of a map of a single tile, each thread is about to read all, of which others wrote a part; and there is no next tile to
   // fetch ahead.
   void enter(int64_t stage) const {
+    if (copies) return fill_panel(stage, own_panel(), 0, static_cast<int64_t>(kernel.used_.size()));
     const Plan::Strip& strip = plan.strips[static_cast<size_t>(stage) % plan.strips.size()];
     if (!shared || strip.tile_end - strip.tile_begin > 2 || (!plan.direct && panels == nullptr)) return;
     if (plan.direct) {
@@ -601,13 +620,8 @@ struct ConvKernel::Work {
     const int64_t image = stage / static_cast<int64_t>(plan.strips.size());
     const float* source = x + image * kernel.inputs_ * plan.input_plane;
     if (!plan.direct) {
-      float* panel = panels;
-      if (panel == nullptr) {
-        panel = thread_scratch<Work>(static_cast<size_t>(plan.panel_size));
-        fill_panel(stage, panel, 0, static_cast<int64_t>(kernel.used_.size()));
-      } else {
-        panel += stage * plan.panel_size;
-      }
+      float* panel = panels != nullptr ? panels + stage * plan.panel_size : own_panel();
+      if (panels == nullptr && !copies) fill_panel(stage, panel, 0, static_cast<int64_t>(kernel.used_.size()));
       source = panel + kPanelSlack;
     }
     const TilesInUse tiles_in_use(kernel.kernels_.tiles, kernel.shape_);
@@ -618,9 +632,13 @@ struct ConvKernel::Work {
     const size_t begin = first + static_cast<size_t>(count * part / parts);
     const size_t end = first + static_cast<size_t>(count * (part + 1) / parts);
     const int64_t row = rows == 1 ? 0 : rows_first ? item / parts % rows : item % rows;
-    const int64_t row_end = rows == 1 ? static_cast<int64_t>(kernel.block_rows_.size()) : row + 1;
     const bool rows_next = !rows_first || parts == 1;  // the next item is of the next block row
-    for (int64_t r = row; r < row_end; ++r) {
+    // Of a pair, each begins with other block rows: not both store to the lines between their strips at the same time.
+    const int64_t strips = static_cast<int64_t>(plan.strips.size()), all_rows = static_cast<int64_t>(kernel.block_rows_.size());
+    const int64_t turn = plan.for_pair && rows == 1 ? stage % strips * all_rows / strips : 0;
+    const int64_t row_end = rows == 1 ? all_rows : row + 1;
+    for (int64_t i = row; i < row_end; ++i) {
+      const int64_t r = (i + turn) % all_rows;
       const BlockRow& block_row = kernel.block_rows_[static_cast<size_t>(r)];
       if (pooled) {
         run_bands(block_row, image, source, y + offset, begin, end);
@@ -628,10 +646,12 @@ struct ConvKernel::Work {
         run_tiles(block_row, block_row.group_begin, block_row.group_end, image, source, y + offset,
                   addend == nullptr ? nullptr : addend + offset, plan.row_offset.data(), begin, end,
                   rows_next ? end : strip.tile_end,
-                  rows_next && r + 1 < static_cast<int64_t>(kernel.block_rows_.size()) ? &block_row + 1 : nullptr);
+                  rows_next && r + 1 < all_rows ? &block_row + 1 : nullptr);
       }
     }
   }
+
+  float* own_panel() const { return thread_scratch<Work>(static_cast<size_t>(plan.panel_size)); }
 
   // Bands [begin, end) of a block row's maps: computed into scratch memory, then pooled into `to`.
   void run_bands(const BlockRow& block_row, int64_t image, const float* source, float* to, size_t begin,
@@ -895,7 +915,7 @@ void ConvKernel::run(const float* x, const float* addend, int64_t batch, const S
     if (float32_ != nullptr) return float32_->run(x, addend, batch, input, y, pool);  // chooses the same
     return winograd(algorithm).run(x, addend, batch, input, y, pool);
   }
-  const std::shared_ptr<const Plan> plan = plan_for(input);
+  const std::shared_ptr<const Plan> plan = plan_for(input, threads_.pair());
   if (plan->result_plane == 0 || outputs_ == 0) return;
   Work work{*this, *plan, x, addend, y};
   const int64_t threads = threads_.count();
@@ -914,7 +934,7 @@ void ConvKernel::run(const float* x, const float* addend, int64_t batch, const S
   }
   work.stages = batch * static_cast<int64_t>(plan->strips.size());
   work.shared = threads > work.stages;
-  const bool own_panels = !plan->direct && !used_.empty() && work.stages >= std::min(threads * kStagesPerThread, kMaxGroups);
+  const bool own_panels = !plan->direct && !used_.empty() && ((plan->for_pair && work.stages % 2 == 0) || work.stages >= std::min(threads * kStagesPerThread, kMaxGroups));
   if (!own_panels) {
     const Plan::Strip& strip = plan->strips[0];
     const size_t divisible = plan->band_rows > 0 ? strip.band_end - strip.band_begin : strip.tile_end - strip.tile_begin;
@@ -923,7 +943,10 @@ void ConvKernel::run(const float* x, const float* addend, int64_t batch, const S
                                      static_cast<int64_t>(divisible));
     work.rows_first = static_cast<int64_t>(weight_.size()) >
                       static_cast<int64_t>(used_.size()) * plan->input_plane + outputs_ * plan->result_plane;
-    if (!plan->direct && !used_.empty()) {
+    // (Of a strided pointwise kernel, the panel is a small part of what is read for it.)
+    work.copies = !plan->direct && plan->for_pair &&
+                  plan->panel_size >= static_cast<int64_t>(used_.size()) * plan->input_plane;
+    if (!plan->direct && !used_.empty() && !work.copies) {
       work.groups = work.stages;
       work.prepare_items =
           std::min<int64_t>(static_cast<int64_t>(used_.size()), ceil_div(threads * kStagesPerThread, work.stages));

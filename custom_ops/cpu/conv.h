@@ -83,8 +83,8 @@ class ConvKernel {
   };
 
   const WinogradConv& winograd(ConvAlgorithm algorithm) const;
-  std::shared_ptr<const Plan> plan_for(const Spatial& input) const;
-  std::shared_ptr<const Plan> make_plan(const Spatial& input) const;
+  std::shared_ptr<const Plan> plan_for(const Spatial& input, bool for_pair) const;
+  std::shared_ptr<const Plan> make_plan(const Spatial& input, bool for_pair) const;
   void read_in_place(Plan& plan) const;
   void read_from_panel(Plan& plan) const;
   void add_strip(Plan& plan, int64_t first_row, int64_t rows, int64_t pixel, int64_t pixels) const;

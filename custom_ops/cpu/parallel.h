@@ -36,10 +36,19 @@ class LearnedThreads {
     int64_t most = most_.load(std::memory_order_relaxed);
     while (most < threads && !most_.compare_exchange_weak(most, threads, std::memory_order_relaxed)) {
     }
+    runs_.store(most < threads ? 1 : runs_.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+  }
+  // Whether a pair of threads shares the work, and no other is to be expected: then it need not be cut finer than in two. Two
+  // threads are better off with what is theirs alone, twice where it has to be, than with what the other core has written;
+  // what is better for more of them has not been measured.
+  bool pair() const {
+    constexpr int64_t kEnoughRuns = 16;
+    return most_.load(std::memory_order_relaxed) == 2 &&
+           (machine_threads() == 2 || runs_.load(std::memory_order_relaxed) >= kEnoughRuns);
   }
 
  private:
-  std::atomic<int64_t> most_{0};
+  std::atomic<int64_t> most_{0}, runs_{0};  // runs_: since the last one that had more threads than those before
 };
 
 constexpr int64_t kMaxGroups = 256;
@@ -89,7 +98,7 @@ class Share {
 // nobody waits for a thread that has not yet started: a waiting thread waits only for items that others are working on.
 // `Work` needs: survey_items, groups, prepare_items, compute_items, survey, finish_survey, prepare, enter (called by a thread
 // before its first item of a group), compute, group_of; at most kMaxGroups groups, 2^31 items.
-// `compute` may throw std::bad_alloc, the others nothing. Returns how many threads took part.
+// `enter` and `compute` may throw std::bad_alloc, the others nothing. Returns how many threads took part.
 template <class Work>
 int64_t run_work(const ThreadPool& pool, Work& work, int64_t expected) {
   struct State {
@@ -150,9 +159,9 @@ int64_t run_work(const ThreadPool& pool, Work& work, int64_t expected) {
         const std::atomic<int64_t>& prepared = state.prepared[group];
         while (prepared.load(std::memory_order_acquire) < work.prepare_items) std::this_thread::yield();
       }
-      if (group != entered) work.enter(group);
-      entered = group;
       try {
+        if (group != entered) work.enter(group);
+        entered = group;
         work.compute(item);
       } catch (const std::bad_alloc&) {  // no exception may cross the pool, which is not ours
         state.out_of_memory.store(true, std::memory_order_relaxed);

@@ -10,6 +10,8 @@ namespace tetris {
 namespace {
 
 constexpr int64_t kItemsPerThread = 4;
+// How much more two halves of a strip may take than the whole, for a pair of threads that need share nothing then.
+constexpr double kHalves = 1.4;
 constexpr size_t kMaxPlans = 8;
 constexpr size_t kPrefetchPadding = 8192;
 // Output rows whose products are kept, in the second-level cache, until they are transformed. More rows use an input
@@ -62,6 +64,7 @@ struct WinogradConv::Plan {
 
   int64_t batch;
   Spatial input, output;
+  bool for_pair;  // see LearnedThreads; results are the same
   int64_t input_plane, output_plane;
   std::vector<Strip> strips;
   std::vector<WinogradRun> runs;
@@ -175,25 +178,26 @@ WinogradConv::WinogradConv(const ConvKernel& conv, int size) : conv_(conv), size
 
 WinogradConv::~WinogradConv() = default;
 
-std::shared_ptr<const WinogradConv::Plan> WinogradConv::plan_for(int64_t batch, const Spatial& input) const {
+std::shared_ptr<const WinogradConv::Plan> WinogradConv::plan_for(int64_t batch, const Spatial& input, bool for_pair) const {
   {
     const std::lock_guard<std::mutex> lock(plans_mutex_);
     for (const auto& plan : plans_) {
-      if (plan->batch == batch && plan->input == input) return plan;
+      if (plan->batch == batch && plan->input == input && plan->for_pair == for_pair) return plan;
     }
   }
-  std::shared_ptr<const Plan> plan = make_plan(batch, input);
+  std::shared_ptr<const Plan> plan = make_plan(batch, input, for_pair);
   const std::lock_guard<std::mutex> lock(plans_mutex_);
   if (plans_.size() == kMaxPlans) plans_.erase(plans_.begin());
   plans_.push_back(plan);
   return plan;
 }
 
-std::shared_ptr<const WinogradConv::Plan> WinogradConv::make_plan(int64_t batch, const Spatial& input) const {
+std::shared_ptr<const WinogradConv::Plan> WinogradConv::make_plan(int64_t batch, const Spatial& input, bool for_pair) const {
   auto owner = std::make_shared<Plan>();
   Plan& plan = *owner;
   plan.batch = batch;
   plan.input = input;
+  plan.for_pair = for_pair;
   const int64_t pool = conv_.fused_ == Fused::kMaxPool ? 2 : 1;
   const Spatial output = conv_output_size(conv_.attributes_, input);
   plan.output = {output[0] / pool, 1, output[2] / pool};
@@ -206,11 +210,17 @@ std::shared_ptr<const WinogradConv::Plan> WinogradConv::make_plan(int64_t batch,
   const int64_t total = checked_product(batch, checked_product(down, across));
   // As few strips as there can be; where they are many, no vectors for a few tiles instead.
   const int64_t fewest = ceil_div(total, most * lanes + conv_.kernels_.tail_pixels);
-  const int64_t strips = fewest < machine_threads() * kItemsPerThread ? fewest : ceil_div(total, most * lanes);
+  int64_t strips = fewest < machine_threads() * kItemsPerThread ? fewest : ceil_div(total, most * lanes);
+  // Or two halves, of the same tail, if that leaves few lanes empty.
+  const int64_t whole_tail = tail_of(total, conv_.kernels_);
+  const double half = static_cast<double>(ceil_div(total - total / 2 - whole_tail, lanes)) + vectors_of(whole_tail, conv_.kernels_);
+  const bool halves = for_pair && strips == 1 && total > 1 && 2 * half <= kHalves * vectors_of(total, conv_.kernels_);
+  if (halves) strips = 2;
   for (int64_t i = 0; i < strips; ++i) {
     const int64_t first = total * i / strips, tiles = total * (i + 1) / strips - first;
     Plan::Strip strip{tiles, plan.runs.size(), 0, plan.parts.size(), 0};
-    const int64_t tail = tail_of(tiles, conv_.kernels_), vectors = ceil_div(tiles - tail, lanes);
+    const int64_t tail = !halves ? tail_of(tiles, conv_.kernels_) : i == 0 ? 0 : whole_tail;
+    const int64_t vectors = ceil_div(tiles - tail, lanes);
     if (vectors > 0) plan.parts.push_back({0, static_cast<int>(vectors), 0});
     if (tail > 0) plan.parts.push_back({vectors * lanes, 0, static_cast<int>(tail)});
     for (int64_t tile = first; tile < first + tiles;) {
@@ -357,14 +367,15 @@ struct WinogradConv::Work {
 
 void WinogradConv::run(const float* x, const float* addend, int64_t batch, const Spatial& input, float* y,
                        const ThreadPool& pool) const {
-  const std::shared_ptr<const Plan> plan = plan_for(batch, input);
+  const bool pair = conv_.threads_.pair();
+  const std::shared_ptr<const Plan> plan = plan_for(batch, input, pair);
   if (plan->output_plane == 0) return;
   Work work{*this, *plan, x, addend, y};
   const int64_t strips = static_cast<int64_t>(plan->strips.size());
   // Twice as many as were seen: strips alone may be no more than those, and one more would find nothing to do.
   const int64_t threads = std::min(machine_threads(), 2 * conv_.threads_.count()), wanted = threads * kItemsPerThread;
   work.compute_items = strips;
-  if (strips % threads != 0 && strips < std::min(wanted, kMaxGroups) && !used_.empty()) {
+  if (strips % (pair ? 2 : threads) != 0 && strips < std::min(wanted, kMaxGroups) && !used_.empty()) {
     work.groups = strips;
     work.prepare_items = std::min<int64_t>(static_cast<int64_t>(used_.size()), ceil_div(wanted, strips));
     work.compute_items = strips * static_cast<int64_t>(bundles_.size());

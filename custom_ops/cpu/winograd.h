@@ -48,8 +48,8 @@ class WinogradConv {
     int64_t weight;  // offset into weight_
   };
 
-  std::shared_ptr<const Plan> plan_for(int64_t batch, const Spatial& input) const;
-  std::shared_ptr<const Plan> make_plan(int64_t batch, const Spatial& input) const;
+  std::shared_ptr<const Plan> plan_for(int64_t batch, const Spatial& input, bool for_pair) const;
+  std::shared_ptr<const Plan> make_plan(int64_t batch, const Spatial& input, bool for_pair) const;
 
   const ConvKernel& conv_;
   int size_;
