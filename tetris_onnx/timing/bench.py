@@ -145,7 +145,7 @@ def bench(
     layers: tuple[LayerTiming, ...] = ()
     del sessions, trials, turns
     if per_layer:
-        layers = profile(models, feeds, names, provider, threads)
+        layers = profile(models, feeds, names, provider, threads, exact=provider == "cpu")
     placed = placements(models, feeds, names, provider) if provider != "cpu" else ()
     return BenchResult(
         machine, provider, threads, batch, len(times), timings, speedup, interval, layers, placed, cuda_graph
@@ -199,7 +199,7 @@ def _listing(names: Sequence[str]) -> str:
 
 def _layer_table(result: BenchResult) -> Table:
     pair = len(result.timings) == 2
-    table = Table(title="per layer, ms (profiled: slower than above)", title_justify="left")
+    table = Table(title="per layer, ms", title_justify="left")
     table.add_column("layer", overflow="fold")
     for timing in result.timings:
         table.add_column("op")
