@@ -592,6 +592,12 @@ struct ConvKernel::Work {
   }
 
   int64_t group_of(int64_t item) const { return item / (parts * rows); }
+  int64_t first_item(int64_t t, int64_t shares) const {
+    // Parts of a map are as good as equal, block rows are not.
+    if (stages > 1 || rows == 1 || (parts > 1 && !rows_first)) return compute_items * t / shares;
+    const auto weight = [&](int64_t r) { return kernel.block_rows_[static_cast<size_t>(r)].channel_count; };
+    return parts * first_of_heap(rows, weight, t, shares);
+  }
 
   void prepare(int64_t stage, int64_t item) {
     const int64_t used = static_cast<int64_t>(kernel.used_.size());

@@ -64,6 +64,16 @@ inline void bring_near(const float* memory, int64_t floats) {
   for (int64_t i = 0; i < floats; i += kLine) (void)*static_cast<const volatile float*>(memory + i);
 }
 
+// The first of `count` things of different weight, heaps of which are to weigh about the same, that is heap t's of `heaps`.
+template <class Weight>
+int64_t first_of_heap(int64_t count, Weight weight, int64_t t, int64_t heaps) {
+  if (t == heaps) return count;
+  int64_t total = 0, before = 0, first = 0;
+  for (int64_t i = 0; i < count; ++i) total += weight(i);
+  for (; first < count && (2 * before + weight(first)) * heaps < 2 * total * t; ++first) before += weight(first);
+  return first;
+}
+
 constexpr int64_t kMostThreads = 64;  // that items are divided among
 
 // Items [begin, end) that are left of a thread's share: the thread takes them from the front, others from the back.
@@ -97,7 +107,8 @@ class Share {
 // what it used before: the weights, and what it wrote in the layer before. Who is done takes over from the others, so
 // nobody waits for a thread that has not yet started: a waiting thread waits only for items that others are working on.
 // `Work` needs: survey_items, groups, prepare_items, compute_items, survey, finish_survey, prepare, enter (called by a thread
-// before its first item of a group), compute, group_of; at most kMaxGroups groups, 2^31 items.
+// before its first item of a group), compute, group_of, first_item(t, shares) (of share t, or of shares: compute_items); at most
+// kMaxGroups groups, 2^31 items.
 // `enter` and `compute` may throw std::bad_alloc, the others nothing. Returns how many threads took part.
 template <class Work>
 int64_t run_work(const ThreadPool& pool, Work& work, int64_t expected) {
@@ -126,7 +137,7 @@ int64_t run_work(const ThreadPool& pool, Work& work, int64_t expected) {
   for (int64_t t = 0; t < state.shares; ++t) {
     state.surveying[t].set(work.survey_items * t / state.shares, work.survey_items * (t + 1) / state.shares);
     state.preparing[t].set(total_prepared * t / state.shares, total_prepared * (t + 1) / state.shares);
-    state.computing[t].set(work.compute_items * t / state.shares, work.compute_items * (t + 1) / state.shares);
+    state.computing[t].set(work.first_item(t, state.shares), work.first_item(t + 1, state.shares));
   }
   auto drain = [](void* data, size_t index) {
     State& state = *static_cast<State*>(data);

@@ -138,12 +138,8 @@ WinogradConv::WinogradConv(const ConvKernel& conv, int size) : conv_(conv), size
   }
   heaviest_first_.resize(bundles_.size());
   std::iota(heaviest_first_.begin(), heaviest_first_.end(), size_t{0});
-  auto work = [&](size_t i) {
-    const Bundle& bundle = bundles_[i];
-    return conv.block_rows_[bundle.block_row].channel_count *
-           static_cast<int64_t>(bundle.group_end - bundle.group_begin);
-  };
-  std::stable_sort(heaviest_first_.begin(), heaviest_first_.end(), [&](size_t a, size_t b) { return work(a) > work(b); });
+  std::stable_sort(heaviest_first_.begin(), heaviest_first_.end(),
+                   [&](size_t a, size_t b) { return work_of(a) > work_of(b); });
 
   weight_ = Buffer(static_cast<size_t>(weight_size) + kPrefetchPadding);
   const std::vector<std::array<double, 3>> transform = filter_transform(size);
@@ -177,6 +173,11 @@ WinogradConv::WinogradConv(const ConvKernel& conv, int size) : conv_(conv), size
 }
 
 WinogradConv::~WinogradConv() = default;
+
+int64_t WinogradConv::work_of(size_t bundle) const {
+  const Bundle& rows = bundles_[bundle];
+  return conv_.block_rows_[rows.block_row].channel_count * static_cast<int64_t>(rows.group_end - rows.group_begin);
+}
 
 std::shared_ptr<const WinogradConv::Plan> WinogradConv::plan_for(int64_t batch, const Spatial& input, bool for_pair) const {
   {
@@ -265,6 +266,11 @@ struct WinogradConv::Work {
   void finish_survey() const {}
   void enter(int64_t) const {}
   int64_t group_of(int64_t item) const { return item / static_cast<int64_t>(winograd.bundles_.size()); }
+  int64_t first_item(int64_t t, int64_t shares) const {
+    if (transformed == nullptr || plan.strips.size() > 1) return compute_items * t / shares;
+    const auto weight = [&](int64_t i) { return winograd.work_of(winograd.heaviest_first_[static_cast<size_t>(i)]); };
+    return first_of_heap(compute_items, weight, t, shares);
+  }
 
   void prepare(int64_t strip, int64_t item) {
     const int64_t used = static_cast<int64_t>(winograd.used_.size());

@@ -48,6 +48,7 @@ class WinogradConv {
     int64_t weight;  // offset into weight_
   };
 
+  int64_t work_of(size_t bundle) const;
   std::shared_ptr<const Plan> plan_for(int64_t batch, const Spatial& input, bool for_pair) const;
   std::shared_ptr<const Plan> make_plan(int64_t batch, const Spatial& input, bool for_pair) const;
 
