@@ -33,6 +33,8 @@ constexpr size_t kPrefetchPadding = 8192;
 constexpr int64_t kBandPixels = 2048;
 // Kept channels times taps whose multiplication takes as long as bringing a line from the cache that the cores share.
 constexpr int64_t kLongReduction = 48;
+// Kept channels times taps whose multiplication takes as long as storing the results.
+constexpr int64_t kStoring = 5;
 // Floats after the packed bias that a vector of rows may touch (and ignore).
 constexpr size_t kBiasPadding = 16;
 
@@ -549,8 +551,8 @@ void ConvKernel::add_tile_masks(Plan& plan) const {
 
 // One run, divided into work items. A stage is one strip of one image.
 //   panel, many stages: an item is a stage; the thread makes the panel in its own scratch memory;
-//   direct, or panel, few stages (all threads make the panels, or each of a pair a copy of its own): an item is (stage, some of
-//   its tiles, block row).
+//   direct, or panel, few stages (all threads make the panels, or each of a pair copies for itself): an item is (stage, some
+//   of its tiles, block row).
 // Threads take neighboring items. In the order (tiles, block row) each has a part of the map to itself, which it wrote in
 // the layer before; in the order (block row, tiles) a part of the weights. What is larger should stay where it is.
 struct ConvKernel::Work {
@@ -595,7 +597,9 @@ struct ConvKernel::Work {
   int64_t first_item(int64_t t, int64_t shares) const {
     // Parts of a map are as good as equal, block rows are not.
     if (stages > 1 || rows == 1 || (parts > 1 && !rows_first)) return compute_items * t / shares;
-    const auto weight = [&](int64_t r) { return kernel.block_rows_[static_cast<size_t>(r)].channel_count; };
+    const auto weight = [&](int64_t r) {
+      return kernel.block_rows_[static_cast<size_t>(r)].channel_count * kernel.taps_ + kStoring;
+    };
     return parts * first_of_heap(rows, weight, t, shares);
   }
 
@@ -640,7 +644,8 @@ struct ConvKernel::Work {
     const int64_t row = rows == 1 ? 0 : rows_first ? item / parts % rows : item % rows;
     const bool rows_next = !rows_first || parts == 1;  // the next item is of the next block row
     // Of a pair, each begins with other block rows: not both store to the lines between their strips at the same time.
-    const int64_t strips = static_cast<int64_t>(plan.strips.size()), all_rows = static_cast<int64_t>(kernel.block_rows_.size());
+    const int64_t strips = static_cast<int64_t>(plan.strips.size());
+    const int64_t all_rows = static_cast<int64_t>(kernel.block_rows_.size());
     const int64_t turn = plan.for_pair && rows == 1 ? stage % strips * all_rows / strips : 0;
     const int64_t row_end = rows == 1 ? all_rows : row + 1;
     for (int64_t i = row; i < row_end; ++i) {
@@ -940,7 +945,8 @@ void ConvKernel::run(const float* x, const float* addend, int64_t batch, const S
   }
   work.stages = batch * static_cast<int64_t>(plan->strips.size());
   work.shared = threads > work.stages;
-  const bool own_panels = !plan->direct && !used_.empty() && ((plan->for_pair && work.stages % 2 == 0) || work.stages >= std::min(threads * kStagesPerThread, kMaxGroups));
+  const bool enough = work.stages >= std::min(threads * kStagesPerThread, kMaxGroups);
+  const bool own_panels = !plan->direct && !used_.empty() && (enough || (plan->for_pair && work.stages % 2 == 0));
   if (!own_panels) {
     const Plan::Strip& strip = plan->strips[0];
     const size_t divisible = plan->band_rows > 0 ? strip.band_end - strip.band_begin : strip.tile_end - strip.tile_begin;

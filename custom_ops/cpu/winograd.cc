@@ -179,7 +179,8 @@ int64_t WinogradConv::work_of(size_t bundle) const {
   return conv_.block_rows_[rows.block_row].channel_count * static_cast<int64_t>(rows.group_end - rows.group_begin);
 }
 
-std::shared_ptr<const WinogradConv::Plan> WinogradConv::plan_for(int64_t batch, const Spatial& input, bool for_pair) const {
+std::shared_ptr<const WinogradConv::Plan> WinogradConv::plan_for(int64_t batch, const Spatial& input,
+                                                           bool for_pair) const {
   {
     const std::lock_guard<std::mutex> lock(plans_mutex_);
     for (const auto& plan : plans_) {
@@ -193,7 +194,8 @@ std::shared_ptr<const WinogradConv::Plan> WinogradConv::plan_for(int64_t batch, 
   return plan;
 }
 
-std::shared_ptr<const WinogradConv::Plan> WinogradConv::make_plan(int64_t batch, const Spatial& input, bool for_pair) const {
+std::shared_ptr<const WinogradConv::Plan> WinogradConv::make_plan(int64_t batch, const Spatial& input,
+                                                            bool for_pair) const {
   auto owner = std::make_shared<Plan>();
   Plan& plan = *owner;
   plan.batch = batch;
@@ -214,7 +216,8 @@ std::shared_ptr<const WinogradConv::Plan> WinogradConv::make_plan(int64_t batch,
   int64_t strips = fewest < machine_threads() * kItemsPerThread ? fewest : ceil_div(total, most * lanes);
   // Or two halves, of the same tail, if that leaves few lanes empty.
   const int64_t whole_tail = tail_of(total, conv_.kernels_);
-  const double half = static_cast<double>(ceil_div(total - total / 2 - whole_tail, lanes)) + vectors_of(whole_tail, conv_.kernels_);
+  const double half = static_cast<double>(ceil_div(total - total / 2 - whole_tail, lanes)) +
+                      vectors_of(whole_tail, conv_.kernels_);
   const bool halves = for_pair && strips == 1 && total > 1 && 2 * half <= kHalves * vectors_of(total, conv_.kernels_);
   if (halves) strips = 2;
   for (int64_t i = 0; i < strips; ++i) {
@@ -223,7 +226,7 @@ std::shared_ptr<const WinogradConv::Plan> WinogradConv::make_plan(int64_t batch,
     const int64_t tail = !halves ? tail_of(tiles, conv_.kernels_) : i == 0 ? 0 : whole_tail;
     const int64_t vectors = ceil_div(tiles - tail, lanes);
     if (vectors > 0) plan.parts.push_back({0, static_cast<int>(vectors), 0});
-    if (tail > 0) plan.parts.push_back({vectors * lanes, 0, static_cast<int>(tail)});
+    if (tail > 0) plan.parts.push_back({tiles - tail, 0, static_cast<int>(tail)});
     for (int64_t tile = first; tile < first + tiles;) {
       const int64_t image = tile / (down * across), row = tile / across % down, column = tile % across;
       const int64_t count = std::min(across - column, first + tiles - tile);

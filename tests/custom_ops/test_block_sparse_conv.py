@@ -270,12 +270,12 @@ def test_same_result_with_any_number_of_threads(isa: str, rng: np.random.Generat
 @pytest.mark.parametrize(
     ("weight", "size", "attributes"),
     [
-        ((40, 24, 3, 3), (14, 14), {"pads": [1] * 4}),  # two halves, of which one has the last pixels
-        ((40, 24, 3, 3), (27, 30), {"pads": [1] * 4, "strides": [2, 2]}),
-        ((40, 24, 1, 1), (27, 28), {"strides": [2, 2]}),  # with AVX-512, tiles of a pixel more
-        ((40, 24, 5, 3), (33, 21), {"pads": [2, 0, 2, 2], "dilations": [1, 2]}),
-        ((40, 24, 3, 3), (7, 7), {"pads": [1] * 4}),  # too small to halve: each thread has a panel of its own
-        ((40, 24, 1, 1), (13, 13), {"strides": [2, 2]}),
+        ((136, 120, 3, 3), (14, 14), {"pads": [1] * 4}),  # two halves, of which one has the last pixels
+        ((136, 120, 3, 3), (27, 30), {"pads": [1] * 4, "strides": [2, 2]}),
+        ((136, 120, 1, 1), (27, 28), {"strides": [2, 2]}),  # with AVX-512, tiles of a pixel more
+        ((136, 120, 5, 3), (33, 21), {"pads": [2, 0, 2, 2], "dilations": [1, 2]}),
+        ((136, 120, 3, 3), (7, 7), {"pads": [1] * 4}),  # too small to halve: each thread has a panel of its own
+        ((136, 120, 1, 1), (13, 13), {"strides": [2, 2]}),
     ],
 )
 @pytest.mark.parametrize("batch", [1, 3])
@@ -288,10 +288,11 @@ def test_a_pair_of_threads_computes_the_same(
     batch: int,
 ) -> None:
     """In the first runs, before it is known how many threads there are, and when they have settled."""
+    # (Small layers are done before the second thread is awake.)
     op = models.random_op(rng, weight, (8, 8), 0.5, **attributes)
     x = random_input(rng, batch, weight[1], *size)
     alone = models.run(op, x, threads=1)
-    np.testing.assert_allclose(alone, op.expected(x), atol=1e-4)
+    np.testing.assert_allclose(alone, op.expected(x), atol=1e-3)  # sums of some 500 products, up to 100
     session = models.session(models.make_model(op, x.shape), threads=2)
     for _ in range(24):
         np.testing.assert_array_equal(session.run(None, {"x": x})[0], alone)
