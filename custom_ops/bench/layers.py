@@ -106,7 +106,7 @@ def measure_network(dense: Path, sparse: Path, arguments: argparse.Namespace) ->
         speedup = first / second if first and second else None
         fraction = speedup * density if speedup and density is not None else None
         values = (first, second, density, speedup, fraction)
-        numbers = ["" if value is None else f"{value:.4f}" for value in values]
+        numbers = ["" if value is None else f"{value:.{6 if i < 2 else 4}f}" for i, value in enumerate(values)]
         rows.append(dict(zip(COLUMNS, (sparse.stem, str(arguments.threads), name, *numbers), strict=True)))
     return rows
 

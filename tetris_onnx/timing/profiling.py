@@ -58,6 +58,7 @@ _SECONDS = 2.0  # that the timed runs of one model should take
 # spread of neighboring runs tells) and what the profile can resolve.
 _NOISE = 0.03
 _RESOLUTION_MS = 0.001
+_LEAST_SHARE = 0.1  # of a node's time in a profile that is its own, as far as that can be told
 _SETTLE_SECONDS = 0.5  # onnxruntime's threads stop spinning long before
 
 
@@ -267,7 +268,9 @@ def collect(
         if _is_node(event):
             node = event["name"].removesuffix("_kernel_time")
             op_type = event["args"].get("op_name", "")
-            durations[node, event["args"].get("node_index", ""), op_type].append(max(0.0, event["dur"] - excess) / 1e3)
+            durations[node, event["args"].get("node_index", ""), op_type].append(
+                max(event["dur"] - excess, _LEAST_SHARE * event["dur"]) / 1e3
+            )
     chosen = np.array(counted, bool)
     found: dict[str, tuple[Row, str, NDArray[np.float64]]] = {}
     for (node, _, op_type), values in durations.items():
