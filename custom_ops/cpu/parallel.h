@@ -64,10 +64,10 @@ inline void bring_near(const float* memory, int64_t floats) {
   for (int64_t i = 0; i < floats; i += kLine) (void)*static_cast<const volatile float*>(memory + i);
 }
 
-// The first of `count` things of different weight, heaps of which are to weigh about the same, that is heap t's of `heaps`.
+// Where heap t begins, if `count` things of different weight are parted, in their order, into `heaps` of about the same.
 template <class Weight>
 int64_t first_of_heap(int64_t count, Weight weight, int64_t t, int64_t heaps) {
-  if (t == heaps) return count;
+  if (t == 0 || t == heaps) return t == 0 ? 0 : count;
   int64_t total = 0, before = 0, first = 0;
   for (int64_t i = 0; i < count; ++i) total += weight(i);
   for (; first < count && (2 * before + weight(first)) * heaps < 2 * total * t; ++first) before += weight(first);
