@@ -141,14 +141,17 @@ def test_the_table_ends_with_what_to_do() -> None:
     assert lines[-2:] == ["b: get [b]", "not ready: see above"]
 
 
-def test_the_cost_model_can_be_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("load", [0.0, 1000.0])
+def test_the_cost_model_can_be_measured(load: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     check = found()["cost model"]
     assert check.value.startswith("built in for ") and "doctor --measure" in check.advice
     measured = Measurement(replace(AVX512, name="avx512"), 80, 0.034)
     monkeypatch.setattr("tetris_onnx.timing.measure.measure_machine", lambda: measured)
+    monkeypatch.setattr("tetris_onnx.timing.processor.os.getloadavg", lambda: (load, 0.0, 0.0))
     check = {c.name: c for c in diagnose(measure=True).checks}["cost model"]
     path = tmp_path / "tetris-onnx" / "machine.json"
+    assert ("busy" in check.advice) == (load > 0)
     assert check.value == f"avx512: 80 timings, off by 3.4% (median), kept in {path}" and check.ok is None
     assert found()["cost model"].value == f"avx512, measured on this machine ({path})"
     path.unlink()

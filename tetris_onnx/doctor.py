@@ -28,7 +28,7 @@ from tetris_onnx.passes.set_precision import PRECISION_ATTRIBUTES
 from tetris_onnx.runtime import import_onnxruntime
 from tetris_onnx.session import SessionError, open_session, run
 from tetris_onnx.timing.machine import cache_path, load_machine, measured, save_machine
-from tetris_onnx.timing.processor import ISA_VARIABLE, cpu_flags, cpu_name
+from tetris_onnx.timing.processor import ISA_VARIABLE, cpu_flags, cpu_name, is_busy, load_average
 
 _MIN_ONNXRUNTIME = (1, 18)
 _PACKAGES = ("tetris-onnx", "numpy", "scipy", "onnx", "onnx-graphsurgeon")
@@ -179,13 +179,14 @@ def _measured() -> Check:
     from tetris_onnx.timing.measure import measure_machine
 
     try:
+        load = load_average()
         found = measure_machine()
         path = save_machine(found.machine)
     except (ModelError, SessionError) as error:
         return Check("cost model", f"cannot be measured: {_one_line(error)}", None, "the built-in one is used")
-    return Check(
-        "cost model", f"{found.machine.name}: {found.layers} timings, off by {found.error:.1%} (median), kept in {path}"
-    )
+    text = f"{found.machine.name}: {found.layers} timings, off by {found.error:.1%} (median), kept in {path}"
+    busy = is_busy(load, os.cpu_count() or 1)
+    return Check("cost model", text, None, "the machine was busy: run this again when it is not" if busy else "")
 
 
 def _gpu() -> Iterable[Check]:

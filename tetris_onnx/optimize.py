@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -72,6 +73,7 @@ from tetris_onnx.reports.report import LayerReport, Report
 from tetris_onnx.session import model_name
 from tetris_onnx.timing.cost import Machine
 from tetris_onnx.timing.machine import MEASURED, load_machine, measured, save_machine
+from tetris_onnx.timing.processor import is_busy, load_average
 from tetris_onnx.timing.trial import Trial, try_out
 
 # Samples that the ranges of int8 inputs are taken from.
@@ -258,16 +260,21 @@ def optimize(
 
 
 def _fitted_machine(clock: _Clock) -> Machine:
-    """The coefficients measured on this machine: now, if they have not been before."""
+    """The coefficients measured on this machine: now, if they have not been before.
+
+    They are kept for later runs, but not what a busy machine gave: it would spoil those, too.
+    """
     machine = load_machine()
     if measured(machine):
         return machine
     from tetris_onnx.timing.measure import measure_machine
 
+    busy = is_busy(load_average(), os.cpu_count() or 1)
     with clock.stage("fit cost model"):
         machine = measure_machine().machine
-        with suppress(ModelError):  # it will be measured again the next time
-            save_machine(machine)
+        if not busy:
+            with suppress(ModelError):  # it will be measured again the next time
+                save_machine(machine)
     return replace(machine, name=f"{machine.name}{MEASURED}")
 
 

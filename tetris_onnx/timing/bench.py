@@ -33,7 +33,7 @@ from tetris_onnx.data.calibration import (
 from tetris_onnx.errors import TetrisError
 from tetris_onnx.runtime import import_onnxruntime
 from tetris_onnx.session import CUDA_GRAPH, ModelSource, model_name, open_session, resident, run
-from tetris_onnx.timing.processor import cpu_name
+from tetris_onnx.timing.processor import cpu_name, is_busy, load_average
 from tetris_onnx.timing.profiling import LayerTiming, Placement, placements, profile, totals, wait_until_idle
 
 SECONDS = 5.0
@@ -184,7 +184,7 @@ def print_bench(result: BenchResult, console: Console) -> None:
     if result.layers:
         console.print(_layer_table(result))
     console.print(f"onnxruntime {machine.onnxruntime} on {machine.cpu}, {machine.cores} cores", highlight=False)
-    if machine.load is not None and machine.load + result.threads > machine.cores + 0.5:
+    if is_busy(machine.load, machine.cores, result.threads):
         console.print(
             f"note: the machine is busy (load {machine.load:.1f} on {machine.cores} cores): times are longer than they "
             "have to be, the speed-up less certain",
@@ -237,8 +237,7 @@ def parse_threads(text: str) -> tuple[int, ...]:
 
 
 def _machine() -> Machine:
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    return Machine(cpu_name(), os.cpu_count() or 1, load, import_onnxruntime().__version__)
+    return Machine(cpu_name(), os.cpu_count() or 1, load_average(), import_onnxruntime().__version__)
 
 
 def _feeds(

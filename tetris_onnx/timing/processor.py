@@ -27,6 +27,16 @@ def cpu_name() -> str:
     return next(named, "") or platform.processor() or platform.machine()
 
 
+def load_average() -> float | None:
+    """How many processors were in use on average in the last minute; None where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def is_busy(load: float | None, cores: int, threads: int = 1) -> bool:
+    """Whether a measurement with so many ``threads`` has to share the ``cores`` with what else is running."""
+    return load is not None and load + threads > cores + 0.5
+
+
 def cpu_flags() -> set[str]:
     """What the processor can do, in Linux's words where the system is another one."""
     try:
