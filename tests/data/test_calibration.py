@@ -25,6 +25,7 @@ from tetris_onnx.data.calibration import (
     runnable_samples,
     session_inputs,
 )
+from tetris_onnx.data.images import load_data
 
 IMAGE = InputSpec("x", np.dtype(np.float32), ("N", 3, 4, 4))
 TOKENS = InputSpec("tokens", np.dtype(np.int64), (None, "length"))
@@ -71,6 +72,19 @@ def test_a_member_that_is_no_array_is_refused(tmp_path: Path, name: str) -> None
     with pytest.raises(CalibrationError, match=f"d.npz: not an .npz .*'{name}' is no array"):
         load_samples(path, [IMAGE])
         load_labels(path, [IMAGE])
+
+
+def test_arrays_stand_for_files() -> None:
+    by_name = load_data({"x": images(), "label": np.full(5, 3), "other": np.zeros(1)}, [IMAGE])
+    np.testing.assert_array_equal(by_name.samples["x"], images())
+    assert by_name.source == "the arrays" and by_name.labels is not None and set(by_name.labels) == {3}
+    alone = load_data(images(), [IMAGE])
+    np.testing.assert_array_equal(alone.samples["x"], images())
+    assert alone.labels is None
+    with pytest.raises(CalibrationError, match=r"the arrays: 'x' is float32 .*; the first axis counts the samples"):
+        load_data({"x": images()[:, :2]}, [IMAGE])
+    with pytest.raises(CalibrationError, match="the arrays: 2 labels for"):
+        load_data({"x": images(), "label": np.arange(2)}, [IMAGE])
 
 
 def test_an_npy_is_the_only_input(tmp_path: Path) -> None:
