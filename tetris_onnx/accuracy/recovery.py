@@ -23,7 +23,7 @@ from tetris_onnx.algorithms.blocks import keep_count
 from tetris_onnx.algorithms.error_search import search, support
 from tetris_onnx.algorithms.refit import LayerSamples
 from tetris_onnx.config import Config
-from tetris_onnx.data.calibration import CalibrationError, Samples
+from tetris_onnx.data.calibration import CalibrationError, Samples, count, model_inputs
 from tetris_onnx.graph import io
 from tetris_onnx.graph.channels import ChannelAxis, find_region
 from tetris_onnx.graph.layers import Layer, conv_window
@@ -48,7 +48,7 @@ _SWEEP_WORK = 10**12
 _LEAST_WORTH = 1e-3
 # This share of what a sample counts is the same for all: gradients are those of the dense network at a point.
 _EVEN = 0.2
-_DRAWS = 2  # backward passes per sample
+_ENOUGH_SAMPLES = 128  # one backward pass of each tells the influence; of fewer samples two
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +100,8 @@ def _matter(
         return {}
     layers = [c.layer for c in candidates if not c.layer.why_dense and not c.options.skip]
     known = [(x.name, x.out_axis) for x in layers if x.out_axis is not None and x.output.shape is not None]
-    return measure_influence(model, known, samples, _DRAWS, config.seed)
+    draws = 1 if count(samples, model_inputs(model)) >= _ENOUGH_SAMPLES else 2
+    return measure_influence(model, known, samples, draws, config.seed)
 
 
 def _sweeps(candidates: Sequence[Candidate], config: Config) -> int:
