@@ -354,10 +354,11 @@ def _layer_shape(
 
 
 def _has_weight(layer: Layer) -> bool:
+    if layer.block_sparse:
+        return True
     inputs = layer.node.inputs
-    if not (layer.block_sparse or layer.node.op in MULTIPLIERS):
-        return False  # another operator has other inputs
-    return layer.block_sparse or (len(inputs) > 1 and isinstance(inputs[1], gs.Constant) and len(inputs[1].shape) > 1)
+    weight = inputs[1] if layer.node.op in MULTIPLIERS and len(inputs) > 1 else None  # other operators have other inputs
+    return isinstance(weight, gs.Constant) and len(weight.shape) > 1
 
 
 def free_axes(candidate: Candidate, config: Config) -> tuple[int, ...]:

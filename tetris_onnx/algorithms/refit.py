@@ -224,8 +224,9 @@ class LayerSamples:
         dampings = self._best_dampings(sets, workers) if chosen else [self.damping] * len(sets)
         bundles = self._bundles(sets, dampings)
 
-        def fit(bundle: Sequence[tuple[_Rows, float]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-            rows = np.concatenate([part.rows for part, _ in bundle])
+        def fit(
+            rows: NDArray[np.int64], bundle: Sequence[tuple[_Rows, float]]
+        ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
             features = np.flatnonzero(keep[rows].any(axis=0))
             mean = self.mean_out[rows]
             if not self.few and features.size > _MOST_COPIED * self.features:
@@ -233,11 +234,11 @@ class LayerSamples:
             u = None
             if clipped or self.few:
                 u = self.u[:, features] if features.size < self.features else self.u
-            solve = self._solver(bundle, features, u)
+            solve = self._solver(rows, bundle, features, u)
             weight = solve(None)
             if clipped and u is not None:
                 root = np.sqrt(self._share) if self._share is not None else np.ones((1, 1), self.y.dtype)
-                raw = self.y[:, rows] / root + self.mean_out[rows].astype(self.y.dtype)
+                raw = self.y[:, rows] / root + mean.astype(self.y.dtype)
                 least, most = low[:, rows], high[:, rows]
                 below, above = raw <= least, raw >= most
                 for _ in range(_CLIP_ITERATIONS):
@@ -251,8 +252,8 @@ class LayerSamples:
             return whole, mean - weight @ self.mean_in[features]
 
         weight, bias = np.zeros(keep.shape), np.empty(len(keep))
-        for bundle, fitted in zip(bundles, run_threads(fit, [(bundle,) for bundle in bundles], workers), strict=True):
-            rows = np.concatenate([part.rows for part, _ in bundle])
+        tasks = [(np.concatenate([part.rows for part, _ in bundle]), bundle) for bundle in bundles]
+        for (rows, _), fitted in zip(tasks, run_threads(fit, tasks, workers), strict=True):
             weight[rows], bias[rows] = fitted
         return weight, bias
 
@@ -283,14 +284,17 @@ class LayerSamples:
         return weight, self.mean_out - weight @ self.mean_in
 
     def _solver(
-        self, bundle: Sequence[tuple[_Rows, float]], features: NDArray[np.int64], u: NDArray | None
+        self,
+        rows: NDArray[np.int64],
+        bundle: Sequence[tuple[_Rows, float]],
+        features: NDArray[np.int64],
+        u: NDArray | None,
     ) -> Callable[[NDArray | None], NDArray[np.float64]]:
         """What makes weights [rows, features] of targets [n, rows] without their mean; None: of the dense outputs.
 
-        ``features``: those of the whole bundle, ``u`` [n, features] their samples, which targets other than None and
-        few samples need.
+        ``rows``, ``features``: those of the whole bundle; ``u`` [n, features]: the features' samples, which targets
+        other than None and few samples need.
         """
-        rows = np.concatenate([part.rows for part, _ in bundle])
         towards = self.weight[np.ix_(rows, features)]
         if self.few:
             assert u is not None

@@ -38,6 +38,11 @@ _FUSED = ("Attention", "FusedConv", "FusedGemm", "FusedMatMul", "NhwcFusedConv",
 REORDERED = "/reordered"
 
 
+def is_multiplier(node: gs.Node) -> bool:
+    """Whether ``node`` is one of ONNX's operators that layers are made of."""
+    return node.domain in (None, "", "ai.onnx") and node.op in MULTIPLIERS
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
     """A node with a weight. ``why_dense`` says why it cannot be reordered and pruned; empty where it can."""
@@ -168,7 +173,7 @@ def find_layers(graph: gs.Graph) -> list[Layer]:
     for node in graph.nodes:
         if node.domain == DOMAIN and node.op in OUR_OPS:
             layers.append(Layer(node, "it is block-sparse already"))
-        elif node.domain in (None, "", "ai.onnx") and node.op in MULTIPLIERS:
+        elif is_multiplier(node):
             layers.append(Layer(node, _why_dense(node)))
     return layers
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from tetris_onnx.graph.channels import ELEMENTWISE
-from tetris_onnx.graph.layers import DOMAIN, MULTIPLIERS, OUR_OPS
+from tetris_onnx.graph.layers import DOMAIN, OUR_OPS, is_multiplier
 from tetris_onnx.graph.quantized import value_range
 from tetris_onnx.passes.surgery import is_output, reads_alone, remove_node
 
@@ -37,7 +37,7 @@ def join_quantized(graph: gs.Graph) -> None:
             continue
         if not reads_alone(graph, node, first.outputs[0]) or _is_of_layer(first.inputs[0]):
             continue
-        if all(not _is_layer(reader) for reader in result.outputs):
+        if all(not is_multiplier(reader) for reader in result.outputs):
             kind = node.inputs[1].values.dtype
             ends = [
                 gs.Constant(f"{node.name}/{name}", np.array(limit, kind))
@@ -64,12 +64,8 @@ def _same_steps(first: gs.Node, second: gs.Node) -> bool:
     )
 
 
-def _is_layer(node: gs.Node) -> bool:
-    return node.domain in (None, "", "ai.onnx") and node.op in MULTIPLIERS
-
-
 def _is_of_layer(value: gs.Tensor) -> bool:
     """Whether ``value`` is the result of a layer that is not ours, or of an activation behind one."""
     while value.inputs and value.inputs[0].op in ELEMENTWISE and value.inputs[0].domain in (None, "", "ai.onnx"):
         value = value.inputs[0].inputs[0]
-    return bool(value.inputs) and _is_layer(value.inputs[0])
+    return bool(value.inputs) and is_multiplier(value.inputs[0])
