@@ -357,7 +357,7 @@ def _has_weight(layer: Layer) -> bool:
     if layer.block_sparse:
         return True
     inputs = layer.node.inputs
-    weight = inputs[1] if layer.node.op in MULTIPLIERS and len(inputs) > 1 else None  # other operators have other inputs
+    weight = inputs[1] if layer.node.op in MULTIPLIERS and len(inputs) > 1 else None  # others have others
     return isinstance(weight, gs.Constant) and len(weight.shape) > 1
 
 
