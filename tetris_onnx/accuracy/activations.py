@@ -11,7 +11,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import TypeAlias
 
@@ -70,8 +69,6 @@ class Activations:
         self._sliced = {spec.name for spec in self._inputs if spec.shape}  # values with one part per batch
         self._wanted: set[str] = set()  # what the current layer is asked for
         self._memory = memory
-        self._folder = tempfile.TemporaryDirectory(prefix="tetris_onnx_")
-        self._files = 0
 
     def __enter__(self) -> Activations:
         return self
@@ -79,7 +76,6 @@ class Activations:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         for values in self._values:
             values.clear()
-        self._folder.cleanup()
 
     @property
     def count(self) -> int:
@@ -318,8 +314,8 @@ class Activations:
         held = sum(a.nbytes for values in self._values for a in values.values() if not isinstance(a, np.memmap))
         if held + np.dtype(dtype).itemsize * np.prod(shape, dtype=np.float64) <= self._memory:
             return np.empty(shape, dtype)
-        self._files += 1
-        return np.memmap(Path(self._folder.name) / f"{self._files}.bin", dtype, "w+", shape=shape)
+        with tempfile.TemporaryFile() as file:  # which has no name: a run that is killed leaves nothing behind
+            return np.memmap(file, dtype, "w+", shape=shape)
 
 
 def _reads(node: onnx.NodeProto) -> list[str]:
