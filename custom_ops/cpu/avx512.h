@@ -10,6 +10,14 @@ namespace {
 void copy_row_end(float* to, const float* from, const RowCopy& copy, int64_t i);
 
 struct Avx512 {
+#if defined(__GNUC__)
+  // Sums of integers. Not __m512i, which may alias anything: GCC 12 then keeps a copy of each accumulator in memory.
+  using IntegerSum = int __attribute__((vector_size(64)));
+  using IntegerRowSum = int __attribute__((vector_size(32)));
+#else
+  using IntegerSum = __m512i;
+  using IntegerRowSum = __m256i;
+#endif
   using Vec = __m512;
   using Mask = __mmask16;
   using Sum = Vec;

@@ -24,9 +24,6 @@ constexpr int64_t kItemsPerThread = 16;
 // Strips that each thread should find where it makes the panels of its own.
 constexpr int64_t kStagesPerThread = 2;
 constexpr size_t kMaxPlans = 8;
-// How much faster bfloat16's direct kernel counts for than float32's where it is weighed against Winograd's form, whose
-// estimate is on the safe side: chosen so that VGG16's layers on Zen 5 get what is faster, as measured.
-constexpr double kBFloat16Speed = 1.5;
 // Floats after the packed weights that prefetches may name.
 constexpr size_t kPrefetchPadding = 8192;
 // A pooled convolution keeps a band, an even number of rows, of some channels' maps in the cache until it is pooled.
@@ -73,7 +70,10 @@ ConvKernel::ConvKernel(const ConvAttributes& attributes, const BlockSparseWeight
       taps_(weight.taps),
       shape_(tile_shape(weight, kernels)),
       output_perm_(weight.output_perm, weight.output_perm + weight.outputs),
-      algorithm_(algorithm) {
+      algorithm_(algorithm),
+      // Of bytes, four at a time, and of tiles, Winograd's products would never be faster.
+      may_transform_(kernels.winograd_input != nullptr && kernels.tiles == nullptr &&
+                     WinogradConv::applies(attributes, {1, 1, 1})) {
   const std::vector<int64_t> begins = weight.row_begins();
   // Channels that share an element are neighbors in the reordered order and in the same block, so that all block rows can
   // read the same elements.
@@ -165,9 +165,7 @@ ConvKernel::ConvKernel(const ConvAttributes& attributes, const BlockSparseWeight
       }
     }
   }
-  // Of bytes, four at a time, and of tiles, Winograd's products would never be faster.
-  if (kernels.precision == Precision::kBFloat16 && kernels.tiles == nullptr && algorithm == ConvAlgorithm::kAuto &&
-      WinogradConv::applies(attributes, {1, 1, 1})) {
+  if (kernels.precision == Precision::kBFloat16 && may_transform_ && algorithm != ConvAlgorithm::kDirect) {
     float32_ = std::make_unique<ConvKernel>(attributes, weight, activation, select_kernels(), fused, algorithm);
   }
 }
@@ -890,10 +888,7 @@ struct ConvKernel::Work {
 };
 
 ConvAlgorithm ConvKernel::algorithm_for(int64_t batch, const Spatial& input) const {
-  if (float32_ != nullptr && WinogradConv::applies(attributes_, input)) {
-    return WinogradConv::choose(*float32_, batch, input, kBFloat16Speed);
-  }
-  const bool applies = kernels_.precision == Precision::kFloat32 && WinogradConv::applies(attributes_, input);
+  const bool applies = may_transform_ && WinogradConv::applies(attributes_, input);
   if (algorithm_ == ConvAlgorithm::kDirect || !applies) return ConvAlgorithm::kDirect;
   return algorithm_ == ConvAlgorithm::kAuto ? WinogradConv::choose(*this, batch, input) : algorithm_;
 }
@@ -901,21 +896,21 @@ ConvAlgorithm ConvKernel::algorithm_for(int64_t batch, const Spatial& input) con
 const WinogradConv& ConvKernel::winograd(ConvAlgorithm algorithm) const {
   const int size = algorithm == ConvAlgorithm::kWinograd2 ? 2 : 4;
   LazyWinograd& winograd = size == 2 ? winograd2_ : winograd4_;
-  std::call_once(winograd.once, [&] { winograd.conv = std::make_unique<WinogradConv>(*this, size); });
+  const ConvKernel& weights = float32_ == nullptr ? *this : *float32_;
+  std::call_once(winograd.once, [&] { winograd.conv = std::make_unique<WinogradConv>(*this, weights, size); });
   return *winograd.conv;
 }
 
 void ConvKernel::specialize(int64_t batch, const Spatial& input) {
   const ConvAlgorithm algorithm = algorithm_for(batch, input);
-  if (algorithm == ConvAlgorithm::kDirect) return float32_.reset();
-  if (float32_ != nullptr) {
-    float32_->specialize(batch, input);
+  if (algorithm != ConvAlgorithm::kDirect) {
+    winograd(algorithm);
+    algorithm_ = algorithm;
     weight_ = Buffer();
-    return;
+  } else if (float32_ != nullptr) {
+    algorithm_ = algorithm;
   }
-  winograd(algorithm);
-  algorithm_ = algorithm;
-  weight_ = Buffer();
+  float32_.reset();
 }
 
 void ConvKernel::run(const float* x, const float* addend, int64_t batch, const Spatial& input, float* y,
@@ -923,7 +918,6 @@ void ConvKernel::run(const float* x, const float* addend, int64_t batch, const S
   if (batch == 0) return;
   const ConvAlgorithm algorithm = algorithm_for(batch, input);
   if (algorithm == ConvAlgorithm::kWinograd2 || algorithm == ConvAlgorithm::kWinograd4) {
-    if (float32_ != nullptr) return float32_->run(x, addend, batch, input, y, pool);  // chooses the same
     return winograd(algorithm).run(x, addend, batch, input, y, pool);
   }
   const std::shared_ptr<const Plan> plan = plan_for(input, threads_.pair());

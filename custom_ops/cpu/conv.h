@@ -46,7 +46,6 @@ class ConvKernel {
   int64_t outputs() const { return outputs_; }
 
   // What computes an input of this size: the one asked for where it applies, by default the one estimated to be fastest.
-  // Winograd's is of float32 in any precision.
   ConvAlgorithm algorithm_for(int64_t batch, const Spatial& input) const;
 
   // For a kernel that will see inputs of one size only: where Winograd's algorithm is the one for it, the weight is
@@ -110,13 +109,14 @@ class ConvKernel {
   RowTerms terms_;                    // [row group][row]
   std::optional<Quantization> input_quantization_;
   ConvAlgorithm algorithm_;
+  bool may_transform_;  // whether these kernels have Winograd's algorithm for a convolution of this kind
   // Made when an input first needs them: the size is known only then.
   struct LazyWinograd {
     std::once_flag once;
     std::unique_ptr<WinogradConv> conv;
   };
   mutable LazyWinograd winograd2_, winograd4_;
-  // kBFloat16 only: the same in float32, where its Winograd form may be faster than twice as many products at a time.
+  // kBFloat16 only: the same in float32, of which the weights are transformed where Winograd's algorithm may be faster.
   std::unique_ptr<ConvKernel> float32_;
   mutable LearnedThreads threads_;
   mutable std::mutex plans_mutex_;

@@ -36,7 +36,7 @@ bool has_avx512() {
          cpu_bit(7, 1, 31);
 }
 bool has_avx512_vnni() { return has_avx512() && cpu_bit(7, 2, 11); }
-bool has_avx512_bf16() { return has_avx512() && cpu_bit(7, 0, 5, 1); }
+bool has_avx512_bf16() { return has_avx512_vnni() && cpu_bit(7, 0, 5, 1); }
 #else
 bool has_avx2() { return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0; }
 bool has_avx512() {
@@ -44,7 +44,7 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512bw") != 0 && __builtin_cpu_supports("avx512vl") != 0;
 }
 bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni") != 0; }
-bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16") != 0; }
+bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16") != 0; }
 #endif
 #endif
 

@@ -550,11 +550,18 @@ constexpr KernelSet make_kernel_set(const char* name) {
   if constexpr (Traits::kPrecision == Precision::kFloat32) {
     set.copy_rows = Traits::copy_rows;
     set.split_rows = split_rows<Traits>;
-    set.winograd_input = winograd_input<Traits>;
+    set.winograd_input = winograd_input<Traits, 1>;
     set.winograd_output = winograd_output<Traits>;
   } else {
     set.packed = Traits::kPacked;
     set.pack_rows = Traits::pack_rows;
+    if constexpr (Traits::kPrecision == Precision::kBFloat16) {
+      using Integers = typename Traits::Integers;
+      set.winograd_input = winograd_input<Integers, 2>;
+      set.winograd_output = winograd_output<Integers>;
+      set.winograd_range = winograd_range<Integers>;
+      set.winograd_product = winograd_product<Integers>;
+    }
     if constexpr (Traits::kPrecision == Precision::kInt8) set.find_range = Traits::find_range;
   }
   return set;

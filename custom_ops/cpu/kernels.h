@@ -183,20 +183,53 @@ struct WinogradRun {
 };
 
 // Transforms one channel of a strip of tiles: v[(i * n + j) * plane + t] = element (i, j) of tile t, n = tile + 2. Writes
-// up to `pitch` elements of each plane.
+// up to `pitch` elements of each plane. kBFloat16: two channels, element e of tile t times scale[e] * tile_scale[t] rounded
+// to 16-bit integers, of which a 32-bit element of v holds those of both (winograd.h says why these are not of bfloat16).
 struct WinogradInput {
-  int tile;        // outputs of a tile each way: 2 or 4
-  const float* x;     // the channel of image 0
-  const float* next;  // of the channel that will be transformed next: fetched ahead
+  int tile;            // outputs of a tile each way: 2 or 4
+  const float* x[2];     // the channel of image 0; the second: of kBFloat16, null for one that is not there
+  const float* next[2];  // of the channel that will be transformed next: fetched ahead
   int64_t height, width, image_stride;
   const WinogradRun* runs;
   int64_t run_count;
   float* v;
   int64_t plane, pitch;
+  const float* scale;       // kBFloat16 only, as the next
+  const float* tile_scale;  // [pitch]
 };
 
-// Transforms one channel of a strip's products back: y = clip(transformed m + bias + addend, low, high), m laid out as v
-// above with planes of `pitch`. Pooled, there is no addend and y is the largest value of each 2 x 2 window of that, NaN if
+// The range of a strip's tiles in some channels: low[t] and high[t] are the least and the largest value of tile t's inputs
+// in channels[0..count) of its image, and 0; NaN or infinite (either or both) where one of them is. Writes whole vectors.
+struct WinogradRange {
+  int tile;
+  const float* x;  // channel 0 of image 0
+  int64_t height, width, image_stride;
+  const WinogradRun* runs;
+  int64_t run_count;
+  const int64_t* channels;
+  int64_t channel_count;
+  float *low, *high;
+};
+
+// The products of one element of a strip's tiles, of 16-bit integers, for some output rows:
+//   m[r * row_stride + t] = scale * tile_scale[t] * sum over i < channels of weight[i][r] . x[channel_offset[i] + t],
+// where the dot is that of two pairs of integers. The sums are exact: they fit into 32 bits, or wrap and fit in the end.
+struct WinogradProduct {
+  const float* x;
+  const int64_t* channel_offset;
+  int64_t channels;
+  const float* weight;  // [channels][rows], and as many numbers after it as a vector of rows may touch
+  int rows;             // as in ConvTile
+  int vectors;          // of tiles, 1 to KernelSet::conv_vectors
+  bool extra;           // one more tile after them
+  float scale;
+  const float* tile_scale;
+  float* m;
+  int64_t row_stride;
+};
+
+// Transforms one channel of a strip's products back: y = clip(transformed m * scale + bias + addend, low, high), m laid out
+// as v above with planes of `pitch` and scale > 0. Pooled, there is no addend and y is the largest value of each 2 x 2 window of that, NaN if
 // one is; the runs' outputs and height and width are those of y then.
 struct WinogradOutput {
   int tile;
@@ -208,7 +241,7 @@ struct WinogradOutput {
   const float* addend;  // the channel of image 0, or null
   float* y;             // likewise
   int64_t height, width, image_stride;
-  float bias, low, high;
+  float scale, bias, low, high;
 };
 
 // Rows of a tile register, and 32-bit elements of one of its rows, at most.
@@ -258,9 +291,12 @@ struct KernelSet {
   // kInt8 only: the least and the largest of `count` numbers, and 0; NaN if one of them is.
   void (*find_range)(const float* x, int64_t count, float* low, float* high);
   void (*pool_rows)(const PoolRows& pool);
-  // kFloat32 only.
+  // kFloat32 and kBFloat16 only.
   void (*winograd_input)(const WinogradInput& input);
   void (*winograd_output)(const WinogradOutput& output);
+  // kBFloat16 only; in kFloat32, the products are those of conv_tile.
+  void (*winograd_range)(const WinogradRange& range);
+  void (*winograd_product)(const WinogradProduct& product);
   const TileKernels* tiles;  // or null. With them: lanes is kTileSize, conv_rows and conv_vectors tell of conv_tile's
 };
 

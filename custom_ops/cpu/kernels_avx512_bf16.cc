@@ -5,7 +5,34 @@
 namespace tetris {
 namespace {
 
+// Winograd's products are of pairs of 16-bit integers, by AVX512-VNNI, which the processors with AVX512-BF16 have.
+struct Int16 : Avx512 {
+  using Sum = IntegerSum;
+  using RowSum = IntegerRowSum;
+  static Sum multiply_integers(Vec w, Vec x, Sum acc) {
+    return (Sum)_mm512_dpwssd_epi32((__m512i)acc, _mm512_castps_si512(x), _mm512_castps_si512(w));
+  }
+  static RowSum multiply_integers(float x, RowVec w, RowSum acc) {
+    return (RowSum)_mm256_dpwssd_epi32((__m256i)acc, _mm256_castps_si256(_mm256_set1_ps(x)), _mm256_castps_si256(w));
+  }
+  static Vec to_float(Sum sum) { return _mm512_cvtepi32_ps((__m512i)sum); }
+  static RowVec to_float(RowSum sum) { return _mm256_cvtepi32_ps((__m256i)sum); }
+  // 1.5 * 2^23 plus a number of up to 22 bits has that, rounded, in the lowest bits.
+  static Vec integer_pairs(Vec a, Vec b, Vec scale) {
+    const Vec magic = set1(12582912.0F);
+    const __m512i low = _mm512_castps_si512(fma(a, scale, magic)), high = _mm512_castps_si512(fma(b, scale, magic));
+    return _mm512_castsi512_ps(_mm512_mask_mov_epi16(_mm512_slli_epi32(high, 16), 0x55555555U, low));
+  }
+  static Vec max_signed(Vec a, Vec b) {
+    return _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }
+  static Vec max_unsigned(Vec a, Vec b) {
+    return _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a), _mm512_castps_si512(b)));
+  }
+};
+
 struct V : Avx512 {
+  using Integers = Int16;
   static constexpr Precision kPrecision = Precision::kBFloat16;
   static constexpr int kPacked = 2;
   static Vec fma(Vec a, Vec b, Vec c) { return _mm512_dpbf16_ps(c, pairs(a), pairs(b)); }

@@ -8,14 +8,8 @@ namespace {
 struct V : Avx512 {
   static constexpr Precision kPrecision = Precision::kInt8;
   static constexpr int kPacked = 4;
-#if defined(__GNUC__)
-  // Not __m512i, which may alias anything: GCC 12 then keeps a copy of each accumulator in memory.
-  using Sum = int __attribute__((vector_size(64)));
-  using RowSum = int __attribute__((vector_size(32)));
-#else
-  using Sum = __m512i;
-  using RowSum = __m256i;
-#endif
+  using Sum = IntegerSum;
+  using RowSum = IntegerRowSum;
   // w: signed bytes, x: unsigned ones.
   static Sum fma(Vec w, Vec x, Sum acc) {
     return (Sum)_mm512_dpbusd_epi32((__m512i)acc, _mm512_castps_si512(x), _mm512_castps_si512(w));

@@ -107,70 +107,239 @@ TETRIS_INLINE void interleave(float* p, const typename V::Vec (&y)[4]) {
 template <class V>
 constexpr int64_t kTileVectors = V::kConvVectors + (V::kTailPixels > 0);  // of a strip, at most
 
-template <class V, int M>
-void winograd_input_impl(const WinogradInput& in) {
-  using Vec = typename V::Vec;
-  constexpr int N = M + 2;
-  constexpr int64_t kLanes = V::kLanes, kColumns = (M * kTileVectors<V> + 2) * kLanes;
-  alignas(64) float rows[N][kColumns];
-  TETRIS_NO_UNROLL
-  for (int64_t r = 0; r < in.run_count; ++r) {
-    const WinogradRun& run = in.runs[r];
-    // Down the columns, as they lie in memory: rows[i][c] of the run's column c. What lies outside the map is zero, also
-    // for the lanes without a tile. Stored just as it will be loaded below, so that no load waits for the stores before.
-    const int64_t vectors = (run.tiles + kLanes - 1) / kLanes;
-    const int64_t begin = -run.column, end = in.width - run.column;
-    const float* source[N];
+// Where the inputs of a run's tiles lie in a channel, and what of them is inside the map.
+template <class V, int N>
+struct WinogradRows {
+  const float* source[N];  // of column 0 of the run; null for rows outside
+  int64_t begin, end;      // columns inside
+
+  template <class Strip>
+  TETRIS_INLINE WinogradRows(const Strip& in, const WinogradRun& run, const float* x)
+      : begin(-run.column), end(in.width - run.column) {
     TETRIS_UNROLL
     for (int i = 0; i < N; ++i) {
       const int64_t row = run.row + i;
-      const bool inside = row >= 0 && row < in.height;
-      const int64_t offset = run.image * in.image_stride + row * in.width + run.column;
-      source[i] = inside ? in.x + offset : nullptr;
-      if (!inside || i >= M) continue;
-      TETRIS_NO_UNROLL
-      for (int64_t c = begin > 0 ? begin : 0; c < M * run.tiles; c += 16) TETRIS_PREFETCH_L1(in.next + offset + c);
+      source[i] = row >= 0 && row < in.height ? x + run.image * in.image_stride + row * in.width + run.column : nullptr;
     }
-    TETRIS_NO_UNROLL
-    for (int64_t c = 0; c < M * vectors * kLanes + 2; c += kLanes) {
-      Vec d[N], t[N];
-      if (begin <= c && c + kLanes <= end) {
-        TETRIS_UNROLL
-        for (int i = 0; i < N; ++i) d[i] = source[i] == nullptr ? V::zero() : V::load(source[i] + c);
-      } else {
-        const typename V::Mask mask = V::expand(first_bits<V>(end - c) & ~first_bits<V>(begin - c));
-        TETRIS_UNROLL
-        for (int i = 0; i < N; ++i) d[i] = source[i] == nullptr ? V::zero() : V::load_masked(source[i] + c, mask);
-      }
-      Winograd<V, M>::input(d, t);
+  }
+
+  // The vectors of the rows' columns from c on. What lies outside the map is zero.
+  TETRIS_INLINE void load(int64_t c, typename V::Vec (&d)[N]) const {
+    if (begin <= c && c + V::kLanes <= end) {
       TETRIS_UNROLL
-      for (int i = 0; i < N; ++i) V::store(&rows[i][c], t[i]);
+      for (int i = 0; i < N; ++i) d[i] = source[i] == nullptr ? V::zero() : V::load(source[i] + c);
+    } else {
+      const typename V::Mask mask = V::expand(first_bits<V>(end - c) & ~first_bits<V>(begin - c));
+      TETRIS_UNROLL
+      for (int i = 0; i < N; ++i) d[i] = source[i] == nullptr ? V::zero() : V::load_masked(source[i] + c, mask);
     }
-    // Along the rows.
+  }
+
+  // Fetches the first `count` columns of `fetched` rows of another channel, `distance` away, which is read next.
+  TETRIS_INLINE void fetch(int64_t distance, int fetched, int64_t count) const {
+    TETRIS_UNROLL
+    for (int i = 0; i < N; ++i) {
+      if (i >= fetched || source[i] == nullptr) continue;
+      TETRIS_NO_UNROLL
+      for (int64_t c = begin > 0 ? begin : 0; c < count; c += 16) TETRIS_PREFETCH_L1(source[i] + distance + c);
+    }
+  }
+};
+
+template <class V, int M>
+constexpr int64_t kRunColumns = (M * kTileVectors<V> + 2) * V::kLanes;  // that a run's tiles read, at most
+
+// The transform down the columns of a run, as they lie in memory: rows[i][c] of the run's column c; zero also for the lanes
+// without a tile. Stored just as it will be loaded later, so that no load waits for the stores before.
+template <class V, int M>
+TETRIS_INLINE void winograd_columns(const WinogradInput& in, const WinogradRun& run, int channel, int64_t vectors,
+                                    float (&rows)[M + 2][kRunColumns<V, M>]) {
+  using Vec = typename V::Vec;
+  constexpr int N = M + 2;
+  const WinogradRows<V, N> from(in, run, in.x[channel]);
+  from.fetch(in.next[channel] - in.x[channel], M, M * run.tiles);
+  TETRIS_NO_UNROLL
+  for (int64_t c = 0; c < M * vectors * V::kLanes + 2; c += V::kLanes) {
+    Vec d[N], t[N];
+    from.load(c, d);
+    Winograd<V, M>::input(d, t);
+    TETRIS_UNROLL
+    for (int i = 0; i < N; ++i) V::store(&rows[i][c], t[i]);
+  }
+}
+
+// And along the rows: t[j], element j of the tiles of the vector that begins at `from`.
+template <class V, int M>
+TETRIS_INLINE void winograd_row(const float* from, typename V::Vec (&t)[M + 2]) {
+  typename V::Vec phase[M], d[M + 2];
+  deinterleave<V>(from, phase);
+  TETRIS_UNROLL
+  for (int j = 0; j < M; ++j) d[j] = phase[j];
+  d[M] = V::next(phase[0], from[M * V::kLanes]);
+  d[M + 1] = V::next(phase[1], from[M * V::kLanes + 1]);
+  Winograd<V, M>::input(d, t);
+}
+
+// Packed: how many channels share the elements: 1, or 2 as integers.
+template <class V, int M, int Packed>
+void winograd_input_impl(const WinogradInput& in) {
+  using Vec = typename V::Vec;
+  constexpr int N = M + 2;
+  constexpr int64_t kLanes = V::kLanes;
+  alignas(64) float rows[Packed][N][kRunColumns<V, M>];
+  TETRIS_NO_UNROLL
+  for (int64_t r = 0; r < in.run_count; ++r) {
+    const WinogradRun& run = in.runs[r];
+    const int64_t vectors = (run.tiles + kLanes - 1) / kLanes;
+    TETRIS_NO_UNROLL
+    for (int p = 0; p < Packed; ++p) {
+      if (p == 0 || in.x[p] != nullptr) winograd_columns<V, M>(in, run, p, vectors, rows[p]);
+    }
     TETRIS_NO_UNROLL
     for (int64_t v = 0; v < vectors; ++v) {
       const int64_t tile = run.begin + v * kLanes;
       const typename V::Mask mask = first_lanes<V>(in.pitch - tile);
+      const Vec tile_scale = Packed == 2 ? V::load_masked(in.tile_scale + tile, mask) : V::zero();
       float* out = in.v + tile;
       TETRIS_UNROLL
       for (int i = 0; i < N; ++i) {
-        const float* from = &rows[i][M * v * kLanes];
-        Vec phase[M], d[N], t[N];
-        deinterleave<V>(from, phase);
-        TETRIS_UNROLL
-        for (int j = 0; j < M; ++j) d[j] = phase[j];
-        d[M] = V::next(phase[0], from[M * kLanes]);
-        d[M + 1] = V::next(phase[1], from[M * kLanes + 1]);
-        Winograd<V, M>::input(d, t);
+        Vec t[Packed][N];
+        winograd_row<V, M>(&rows[0][i][M * v * kLanes], t[0]);
+        if constexpr (Packed == 2) {
+          if (in.x[1] != nullptr) {
+            winograd_row<V, M>(&rows[1][i][M * v * kLanes], t[1]);
+          } else {
+            TETRIS_UNROLL
+            for (int j = 0; j < N; ++j) t[1][j] = V::zero();
+          }
+        }
         TETRIS_UNROLL
         for (int j = 0; j < N; ++j) {
           float* to = out + (i * N + j) * in.plane;
-          V::store_masked(to, t[j], mask);
+          if constexpr (Packed == 2) {
+            const Vec scale = V::mul(V::set1(in.scale[i * N + j]), tile_scale);
+            V::store_masked(to, V::integer_pairs(t[0][j], t[1][j], scale), mask);
+          } else {
+            V::store_masked(to, t[0][j], mask);
+          }
           // The next channel's, which another thread may have read last.
           TETRIS_PREFETCH_STORE(to + in.pitch);
         }
       }
     }
+  }
+}
+
+// The largest of each tile's columns, of the tiles of the vector that begins at `from`.
+template <class V, int M, class Largest>
+TETRIS_INLINE typename V::Vec winograd_window(const float* from, Largest largest) {
+  typename V::Vec d[M];
+  deinterleave<V>(from, d);
+  typename V::Vec most = largest(V::next(d[0], from[M * V::kLanes]), V::next(d[1], from[M * V::kLanes + 1]));
+  TETRIS_UNROLL
+  for (int j = 0; j < M; ++j) most = largest(most, d[j]);
+  return most;
+}
+
+// See WinogradRange. Of numbers as integers, the largest, signed, is the largest positive one, and the largest, unsigned,
+// the negative one farthest from zero; NaN and infinity are beyond all others either way.
+template <class V, int M>
+void winograd_range_impl(const WinogradRange& in) {
+  using Vec = typename V::Vec;
+  constexpr int N = M + 2;
+  constexpr int64_t kLanes = V::kLanes;
+  alignas(64) float low[kRunColumns<V, M>], high[kRunColumns<V, M>];
+  TETRIS_NO_UNROLL
+  for (int64_t r = 0; r < in.run_count; ++r) {
+    const WinogradRun& run = in.runs[r];
+    const int64_t vectors = (run.tiles + kLanes - 1) / kLanes, columns = M * vectors * kLanes + 2;
+    TETRIS_NO_UNROLL
+    for (int64_t c = 0; c < columns; c += kLanes) {
+      V::store(low + c, V::set1(-0.0F));
+      V::store(high + c, V::zero());
+    }
+    TETRIS_NO_UNROLL
+    for (int64_t k = 0; k < in.channel_count; ++k) {
+      const int64_t plane = in.height * in.width;
+      const WinogradRows<V, N> from(in, run, in.x + in.channels[k] * plane);
+      if (k + 1 < in.channel_count) from.fetch((in.channels[k + 1] - in.channels[k]) * plane, N, M * run.tiles);
+      TETRIS_NO_UNROLL
+      for (int64_t c = 0; c < columns; c += kLanes) {
+        Vec d[N], least = V::load(low + c), most = V::load(high + c);
+        from.load(c, d);
+        TETRIS_UNROLL
+        for (int i = 0; i < N; ++i) {
+          least = V::max_unsigned(least, d[i]);
+          most = V::max_signed(most, d[i]);
+        }
+        V::store(low + c, least);
+        V::store(high + c, most);
+      }
+    }
+    TETRIS_NO_UNROLL
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t c = M * v * kLanes, tile = run.begin + v * kLanes;
+      V::store(in.low + tile, winograd_window<V, M>(low + c, V::max_unsigned));
+      V::store(in.high + tile, winograd_window<V, M>(high + c, V::max_signed));
+    }
+  }
+}
+
+// See WinogradProduct.
+template <class V, int Rows, int Vectors, bool Extra>
+void winograd_product_impl(const WinogradProduct& product) {
+  typename V::Sum acc[Rows][Vectors] = {};
+  typename V::RowSum extra{};
+  const float* w = product.weight;
+  TETRIS_UNROLL_TWICE
+  for (int64_t i = 0; i < product.channels; ++i, w += Rows) {
+    const float* x = product.x + product.channel_offset[i];
+    TETRIS_PREFETCH_L2(w + kConvPrefetch);
+    typename V::Vec in[Vectors];
+    TETRIS_UNROLL
+    for (int v = 0; v < Vectors; ++v) in[v] = V::load(x + v * V::kLanes);
+    TETRIS_UNROLL
+    for (int r = 0; r < Rows; ++r) {
+      const typename V::Vec weight = V::set1(w[r]);
+      TETRIS_UNROLL
+      for (int v = 0; v < Vectors; ++v) acc[r][v] = V::multiply_integers(weight, in[v], acc[r][v]);
+    }
+    if constexpr (Extra) extra = V::multiply_integers(x[Vectors * V::kLanes], V::row_load(w), extra);
+  }
+  typename V::Vec scale[Vectors];
+  TETRIS_UNROLL
+  for (int v = 0; v < Vectors; ++v) {
+    scale[v] = V::mul(V::set1(product.scale), V::load(product.tile_scale + v * V::kLanes));
+  }
+  TETRIS_UNROLL
+  for (int r = 0; r < Rows; ++r) {
+    float* m = product.m + r * product.row_stride;
+    TETRIS_UNROLL
+    for (int v = 0; v < Vectors; ++v) V::store(m + v * V::kLanes, V::mul(scale[v], V::to_float(acc[r][v])));
+  }
+  if constexpr (Extra) {
+    float sums[V::kConvRows];
+    V::row_store(sums, V::to_float(extra));
+    constexpr int64_t kLast = Vectors * V::kLanes;
+    TETRIS_UNROLL
+    for (int r = 0; r < Rows; ++r) {
+      product.m[r * product.row_stride + kLast] = sums[r] * (product.scale * product.tile_scale[kLast]);
+    }
+  }
+}
+
+template <class V, int Rows>
+void winograd_product_rows(const WinogradProduct& product) {
+  switch (product.vectors) {
+    case 1:
+      return product.extra ? winograd_product_impl<V, Rows, 1, true>(product)
+                           : winograd_product_impl<V, Rows, 1, false>(product);
+    case 2:
+      return product.extra ? winograd_product_impl<V, Rows, 2, true>(product)
+                           : winograd_product_impl<V, Rows, 2, false>(product);
+    default:
+      return product.extra ? winograd_product_impl<V, Rows, 3, true>(product)
+                           : winograd_product_impl<V, Rows, 3, false>(product);
   }
 }
 
@@ -223,7 +392,7 @@ void winograd_output_impl(const WinogradOutput& out) {
       }
     }
   }
-  const Vec bias = V::set1(out.bias), low = V::set1(out.low), high = V::set1(out.high);
+  const Vec scale = V::set1(out.scale), bias = V::set1(out.bias), low = V::set1(out.low), high = V::set1(out.high);
   TETRIS_NO_UNROLL
   for (int64_t r = 0; r < out.run_count; ++r) {
     const WinogradRun& run = out.runs[r];
@@ -239,7 +408,7 @@ void winograd_output_impl(const WinogradOutput& out) {
       TETRIS_NO_UNROLL
       for (int64_t c = 0; c < width; c += kLanes) {
         const typename V::Mask mask = first_lanes<V>(width - c);
-        Vec sum = V::add(V::load(from + c), bias);
+        Vec sum = V::fma(scale, V::load(from + c), bias);
         if (addend != nullptr) sum = V::add(sum, V::load_masked(addend + c, mask));
         V::store_masked(to + c, clip(sum, low, high), mask);
       }
@@ -247,9 +416,29 @@ void winograd_output_impl(const WinogradOutput& out) {
   }
 }
 
-template <class V>
+template <class V, int Packed>
 void winograd_input(const WinogradInput& in) {
-  in.tile == 2 ? winograd_input_impl<V, 2>(in) : winograd_input_impl<V, 4>(in);
+  in.tile == 2 ? winograd_input_impl<V, 2, Packed>(in) : winograd_input_impl<V, 4, Packed>(in);
+}
+
+template <class V>
+void winograd_range(const WinogradRange& in) {
+  in.tile == 2 ? winograd_range_impl<V, 2>(in) : winograd_range_impl<V, 4>(in);
+}
+
+template <class V>
+void winograd_product(const WinogradProduct& product) {
+  static_assert(V::kConvRows == 8 && V::kConvVectors == 3, "the sizes below");
+  switch (product.rows) {
+    case 8:
+      return winograd_product_rows<V, 8>(product);
+    case 4:
+      return winograd_product_rows<V, 4>(product);
+    case 2:
+      return winograd_product_rows<V, 2>(product);
+    default:
+      return winograd_product_rows<V, 1>(product);
+  }
 }
 
 template <class V>

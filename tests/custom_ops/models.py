@@ -157,6 +157,21 @@ def run(op: Op, x: Array, threads: int = 1, addend: Array | None = None) -> Arra
     return session(make_model(op, x.shape), threads).run(None, feed)[0]
 
 
+def check_surrounded_by_nan(op: Op, x: Array) -> None:
+    """What lies before and after the input in memory makes no difference."""
+    surrounded = np.full(x.size + 4096, np.nan, np.float32)
+    inside = surrounded[2048 : 2048 + x.size].reshape(x.shape)
+    inside[:] = x
+    one_node = session(make_model(op, x.shape))
+    binding = one_node.io_binding()
+    binding.bind_input("x", "cpu", 0, np.float32, x.shape, inside.ctypes.data)
+    binding.bind_output("y", "cpu")
+    one_node.run_with_iobinding(binding)
+    y = binding.get_outputs()[0].numpy()
+    np.testing.assert_array_equal(y, one_node.run(None, {"x": x})[0])
+    assert not np.isnan(y).any()
+
+
 def fused(op: Op, kind: str) -> Op:
     """`op` as BlockSparseConvAdd ("Add") or BlockSparseConvMaxPool ("MaxPool"), with the same weight."""
     attributes = {**op.attributes, **({"pool_shape": [2, 2]} if kind == "MaxPool" else {})}

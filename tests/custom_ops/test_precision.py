@@ -27,7 +27,7 @@ def precision(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, r
     if isa == "amx":
         request.getfixturevalue("amx")
     monkeypatch.setenv("TETRIS_ONNX_ISA", isa)
-    monkeypatch.setenv("TETRIS_ONNX_CONV", "direct")  # Winograd's form is float32
+    monkeypatch.setenv("TETRIS_ONNX_CONV", "direct")  # Winograd's form: test_winograd_integers.py
     try:
         models.session(models.make_model(models.random_op(rng, (1, 1), (1, 1)), [1, 1]))
     except Exception as error:
@@ -169,22 +169,15 @@ def test_fused(
     np.testing.assert_allclose(y, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
 
 
-def test_bfloat16_is_float32_where_winograd_is_faster(
+def test_only_bfloat16_of_vectors_has_winograds_form(
     precision: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("TETRIS_ONNX_CONV", "auto")
-    if os.environ["TETRIS_ONNX_ISA"] == "amx":
-        pytest.skip("tiles are faster still; that they are used is in test_amx.py")
     op = models.random_op(rng, (256, 128, 3, 3), (32, 32), 1.0, pads=[1] * 4, precision=precision)
     x = random_input(rng, 1, 128, 56, 56)  # of the many multiplications that Winograd's form saves most of
-    y = models.run(op, x)
-    rounded, exact = op.expected(x), models.with_attributes(op, precision="float32").expected(x)
-    error = np.abs(y - exact).max() / np.abs(exact).max()
-    if precision == "bfloat16":
-        assert error < 1e-4  # Winograd's own rounding of float32
-    else:
-        assert error > 1e-3
-        np.testing.assert_allclose(y, rounded, rtol=0, atol=TOLERANCE * np.abs(rounded).max())
+    direct = models.run(op, x)
+    monkeypatch.setenv("TETRIS_ONNX_CONV", "winograd4")
+    vectors = precision == "bfloat16" and os.environ["TETRIS_ONNX_ISA"] == "avx512_bf16"
+    assert np.array_equal(models.run(op, x), direct) != vectors
 
 
 @pytest.mark.parametrize("sign", [1, -1])
@@ -281,16 +274,7 @@ def test_what_lies_around_the_input_does_not_matter(
 ) -> None:
     op = models.random_op(rng, (20, 19, kernel, kernel), (8, 5), 0.8, pads=[kernel // 2] * 4, precision=precision)
     x = random_input(rng, 1, 19, *size)
-    surrounded = np.full(x.size + 4096, np.nan, np.float32)
-    inside = surrounded[2048 : 2048 + x.size].reshape(x.shape)
-    inside[:] = x
-    session = models.session(models.make_model(op, x.shape))
-    binding = session.io_binding()
-    binding.bind_input("x", "cpu", 0, np.float32, x.shape, inside.ctypes.data)
-    binding.bind_output("y", "cpu")
-    session.run_with_iobinding(binding)
-    np.testing.assert_array_equal(binding.get_outputs()[0].numpy(), session.run(None, {"x": x})[0])
-    assert not np.isnan(binding.get_outputs()[0].numpy()).any()
+    models.check_surrounded_by_nan(op, x)
 
 
 def test_same_result_with_any_number_of_threads(precision: str, rng: np.random.Generator) -> None:

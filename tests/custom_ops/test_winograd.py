@@ -92,15 +92,7 @@ def test_what_lies_around_the_input_does_not_matter(
 ) -> None:
     op = models.random_op(rng, (20, 19, 3, 3), (8, 8), 0.8, pads=[1] * 4)
     x = random_input(rng, 1, 19, *size)
-    surrounded = np.full(x.size + 4096, np.nan, np.float32)
-    inside = surrounded[2048 : 2048 + x.size].reshape(x.shape)
-    inside[:] = x
-    session = models.session(models.make_model(op, x.shape))
-    binding = session.io_binding()
-    binding.bind_input("x", "cpu", 0, np.float32, x.shape, inside.ctypes.data)
-    binding.bind_output("y", "cpu")
-    session.run_with_iobinding(binding)
-    np.testing.assert_array_equal(binding.get_outputs()[0].numpy(), session.run(None, {"x": x})[0])
+    models.check_surrounded_by_nan(op, x)
 
 
 def test_what_was_computed_before_does_not_matter(algorithm: str, rng: np.random.Generator) -> None:

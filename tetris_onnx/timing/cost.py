@@ -39,6 +39,7 @@ _FEWEST_ROWS = 3  # below, the multipliers wait for their own results
 _FEW_SAMPLES = 12  # more are computed in vectors of samples, fewer in vectors of output channels
 _TAIL_PIXELS = 4  # as many at the end of a map are computed without a vector for them
 _VECTORS = 3  # of pixels that it computes at a time
+_INTEGER_TRANSFORM = 0.75  # Winograd's transforms of 16-bit integers (bf16), as a share of those of float32
 _LAYOUT_CHANNELS = 16  # onnxruntime's convolutions compute this many channels at a time
 
 
@@ -164,7 +165,7 @@ PRECISION_SHARES = {"bf16": 0.5, "int8": 0.25}
 
 
 def algorithms(shape: LayerShape, precision: str = "float32") -> tuple[str, ...]:
-    """Those of `ALGORITHMS` that the block-sparse operator chooses from. Winograd's multiplies in float32."""
+    """Those of `ALGORITHMS` that the block-sparse operator chooses from."""
     return ALGORITHMS if shape.winograd and precision in ("float32", "bf16") else ALGORITHMS[:1]
 
 
@@ -246,12 +247,13 @@ def predict(
     ``precision``: one of `config.PRECISIONS`; the machine computes those that it does not have in float32.
     """
     precision = precision if precision in machine.precisions else "float32"
+    share = machine.precisions.get(precision, 1.0)
+    shares = dict.fromkeys((*KINDS, "weights", "cold", "winograd", "transformed"), share)
+    if precision != "float32":
+        shares["transform"] = _INTEGER_TRANSFORM
+    coefficients = {name: c * shares.get(name, 1.0) for name, c in machine.sparse.items()}
     found = []
     for algorithm in algorithms(shape, precision):
-        share = machine.precisions.get(precision, 1.0) if algorithm == "direct" else 1.0
-        coefficients = {
-            name: c * share if name in (*KINDS, "weights", "cold") else c for name, c in machine.sparse.items()
-        }
         work = sparse_work(shape, density, block_size, machine.lanes, algorithm, precision)
         found.append(work @ _on_threads(machine, coefficients, SPARSE_WORK, threads))
     return 1e-9 * np.min(found, axis=0)
