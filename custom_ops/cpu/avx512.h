@@ -95,8 +95,12 @@ struct Avx512 {
       const Mask low = between(-begin, end - begin), high = between(-begin - 16, end - begin - 16);
       for (int64_t r = 0; r < copy.rows; ++r) {
         const float* p = from + r * copy.from_stride + begin;
+        _mm_prefetch(reinterpret_cast<const char*>(p + copy.next), _MM_HINT_T0);
         Vec x = _mm512_maskz_loadu_ps(low, p);
-        if (copy.stride == 2) x = _mm512_permutex2var_ps(x, even, _mm512_maskz_loadu_ps(high, p + 16));
+        if (copy.stride == 2) {
+          _mm_prefetch(reinterpret_cast<const char*>(p + copy.next + 16), _MM_HINT_T0);
+          x = _mm512_permutex2var_ps(x, even, _mm512_maskz_loadu_ps(high, p + 16));
+        }
         _mm512_mask_storeu_ps(to + r * copy.width + j, keep, x);
       }
     }

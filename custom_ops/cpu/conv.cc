@@ -780,6 +780,8 @@ struct ConvKernel::Work {
     for (int64_t u = begin; u < end; ++u) {
       const PackedRows from = rows_of(image, kernel.used_[static_cast<size_t>(u)]);
       float* to = panel + kPanelSlack + u * plan.channel_stride;
+      // Channels are too far from each other for the processor to guess.
+      const int64_t next = u + 1 < end ? rows_of(image, kernel.used_[static_cast<size_t>(u) + 1]).from[0] - from.from[0] : 0;
       for (const Plan::Phase& phase : plan.phases) {
         const int64_t rows = strip.rows + phase.extra_rows;
         // Row q of the phase is the input's row first + q * stride.
@@ -796,7 +798,7 @@ struct ConvKernel::Work {
           }
           kernel.kernels_.split_rows({even + row_begin * inner, odd + row_begin * inner,
                                       from.from[0] + (first + row_begin * stride) * inner_input, row_end - row_begin, width,
-                                      stride * inner_input});
+                                      stride * inner_input, next});
           continue;
         }
         for (size_t i = 0; i < plan.inner_taps.size(); ++i) {
@@ -809,18 +811,18 @@ struct ConvKernel::Work {
           const Plan::InnerTap& tap = plan.inner_taps[i];
           if (as_is && stride == 1) {
             const int64_t count = (row_end - row_begin) * inner;
-            copy_rows(out, from, start, {1, count, 0, count, 0, 1});
+            copy_rows(out, from, start, {1, count, 0, count, 0, 1, next});
           } else if (as_is && inner == 1) {
-            copy_rows(out, from, start, {1, row_end - row_begin, 0, row_end - row_begin, 0, stride});
+            copy_rows(out, from, start, {1, row_end - row_begin, 0, row_end - row_begin, 0, stride, next});
           } else if (plan.input[1] == 1 && plan.output[1] == 1 && tap.middle.begin < tap.middle.end) {
-            fill_rows(out, from, start, row_end - row_begin, stride * inner_input, tap.inner);
+            fill_rows(out, from, start, row_end - row_begin, stride * inner_input, tap.inner, next);
           } else {
             for (int64_t q = row_begin; q < row_end; ++q, start += stride * inner_input, out += inner) {
               const Plan::View& middle = tap.middle;
               zero(out, middle.begin * width, from.quantized);
               fill_rows(out + middle.begin * width, from,
                         start + (middle.begin * a.strides[1] + middle.offset) * plan.input[2],
-                        middle.end - middle.begin, a.strides[1] * plan.input[2], tap.inner);
+                        middle.end - middle.begin, a.strides[1] * plan.input[2], tap.inner, next);
               zero(out + middle.end * width, (plan.output[1] - middle.end) * width, from.quantized);
             }
           }
@@ -846,11 +848,11 @@ struct ConvKernel::Work {
 
   // Rows of the inner dimension as one tap sees them.
   void fill_rows(float* to, const PackedRows& from, int64_t start, int64_t rows, int64_t from_stride,
-                 const Plan::View& view) const {
+                 const Plan::View& view, int64_t next) const {
     const int64_t stride = kernel.attributes_.strides[2];
     if (view.begin == view.end) return zero(to, rows * plan.pitch, from.quantized);
     copy_rows(to, from, start + view.begin * stride + view.offset,
-              {rows, plan.pitch, view.begin + plan.margin, view.end - view.begin, from_stride, stride});
+              {rows, plan.pitch, view.begin + plan.margin, view.end - view.begin, from_stride, stride, next});
   }
 
   // The channels of an element in an image.

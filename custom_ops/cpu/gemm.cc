@@ -157,7 +157,7 @@ void GemmKernel::pack(const float* x, const Quantization* quantized, int64_t beg
     PackedRows rows{};
     for (int64_t k = 0; k < packed; ++k) rows.from[k] = values + k;
     if (quantized != nullptr) rows.quantized = *quantized;
-    kernels_.pack_rows(to + part - begin, rows, {1, count, 0, count, 0, packed});
+    kernels_.pack_rows(to + part - begin, rows, {1, count, 0, count, 0, packed, 0});
   }
 }
 

@@ -490,6 +490,8 @@ void split_rows(const RowSplit& split) {
     const int64_t vectors = r < whole ? split.width : split.width - split.width % kLanes;
     int64_t i = 0;
     for (; i < vectors; i += kLanes) {
+      TETRIS_PREFETCH_L1(from + 2 * i + split.next);
+      TETRIS_PREFETCH_L1(from + 2 * i + kLanes + split.next);
       const auto low = Traits::load(from + 2 * i), high = Traits::load(from + 2 * i + kLanes);
       Traits::store(even + i, Traits::even(low, high));
       Traits::store(odd + i, Traits::odd(low, high));

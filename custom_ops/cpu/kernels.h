@@ -145,10 +145,11 @@ struct StripUnpack {
 };
 
 // Copies rows: to[r * width + before + i] = from[r * from_stride + i * stride] for i < count, zeros elsewhere in the
-// width; reads nothing else.
+// width; reads nothing else. What lies `next` floats from what is read may be fetched ahead.
 struct RowCopy {
   int64_t rows, width, before, count;
   int64_t from_stride, stride;
+  int64_t next;
 };
 
 // Copies rows of 2 * width numbers, parted: even[r * width + i] = from[r * from_stride + 2 * i], and the same of
@@ -157,6 +158,7 @@ struct RowSplit {
   float *even, *odd;
   const float* from;
   int64_t rows, width, from_stride;
+  int64_t next;  // as RowCopy's
 };
 
 // Largest values of 2 x 2 windows: to[r][j] = max(from[2r][2j], from[2r][2j + 1], from[2r + 1][2j], from[2r + 1][2j + 1]),
