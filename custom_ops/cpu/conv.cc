@@ -594,7 +594,7 @@ struct ConvKernel::Work {
   int64_t group_of(int64_t item) const { return item / (parts * rows); }
   int64_t first_item(int64_t t, int64_t shares) const {
     // Parts of a map are as good as equal, block rows are not.
-    if (stages > 1 || rows == 1 || (parts > 1 && !rows_first)) return compute_items * t / shares;
+    if (stages > 1 || rows == 1 || (parts > 1 && !rows_first)) return first_of_share(compute_items, t, shares);
     const auto weight = [&](int64_t r) {
       return kernel.block_rows_[static_cast<size_t>(r)].channel_count * kernel.taps_ + kStoring;
     };

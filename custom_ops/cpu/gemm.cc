@@ -213,7 +213,7 @@ struct GemmKernel::Work {
     return uses_tiles ? std::min(samples, tile * kSamplesOfTiles) : samples * tile / tiles;
   }
   int64_t group_of(int64_t) const { return 0; }
-  int64_t first_item(int64_t t, int64_t shares) const { return compute_items * t / shares; }
+  int64_t first_item(int64_t t, int64_t shares) const { return first_of_share(compute_items, t, shares); }
   void enter(int64_t) const {}
 
   void survey(int64_t sample) {
@@ -274,7 +274,7 @@ struct GemmKernel::Strips {
   int64_t survey_items = 0, groups = 1, prepare_items = 0, compute_items = 0;
 
   int64_t group_of(int64_t) const { return 0; }
-  int64_t first_item(int64_t t, int64_t shares) const { return compute_items * t / shares; }
+  int64_t first_item(int64_t t, int64_t shares) const { return first_of_share(compute_items, t, shares); }
   void enter(int64_t) const {}
   void survey(int64_t) {}
   void finish_survey() {}

@@ -64,6 +64,9 @@ inline void bring_near(const float* memory, int64_t floats) {
   for (int64_t i = 0; i < floats; i += kLine) (void)*static_cast<const volatile float*>(memory + i);
 }
 
+// Where share t begins, if `count` things are parted evenly into `shares`.
+inline int64_t first_of_share(int64_t count, int64_t t, int64_t shares) { return count * t / shares; }
+
 // Where heap t begins, if `count` things of different weight are parted, in their order, into `heaps` of about the same.
 template <class Weight>
 int64_t first_of_heap(int64_t count, Weight weight, int64_t t, int64_t heaps) {
@@ -135,8 +138,11 @@ int64_t run_work(const ThreadPool& pool, Work& work, int64_t expected) {
   const int64_t total = work.survey_items + total_prepared + work.compute_items;
   State state(work, expected < 1 ? 1 : expected < kMostThreads ? expected : kMostThreads);
   for (int64_t t = 0; t < state.shares; ++t) {
-    state.surveying[t].set(work.survey_items * t / state.shares, work.survey_items * (t + 1) / state.shares);
-    state.preparing[t].set(total_prepared * t / state.shares, total_prepared * (t + 1) / state.shares);
+    const auto even = [&](Share& share, int64_t items) {
+      share.set(first_of_share(items, t, state.shares), first_of_share(items, t + 1, state.shares));
+    };
+    even(state.surveying[t], work.survey_items);
+    even(state.preparing[t], total_prepared);
     state.computing[t].set(work.first_item(t, state.shares), work.first_item(t + 1, state.shares));
   }
   auto drain = [](void* data, size_t index) {

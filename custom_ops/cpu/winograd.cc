@@ -423,7 +423,7 @@ struct WinogradConv::Work {
   void enter(int64_t) const {}
   int64_t group_of(int64_t item) const { return item / static_cast<int64_t>(winograd.bundles_.size()); }
   int64_t first_item(int64_t t, int64_t shares) const {
-    if (transformed == nullptr || plan.strips.size() > 1) return compute_items * t / shares;
+    if (transformed == nullptr || plan.strips.size() > 1) return first_of_share(compute_items, t, shares);
     const auto weight = [&](int64_t i) { return winograd.work_of(winograd.heaviest_first_[static_cast<size_t>(i)]); };
     return first_of_heap(compute_items, weight, t, shares);
   }
