@@ -89,6 +89,7 @@ def test_wrong_block_sizes_are_refused(text: str) -> None:
         ('block_size = "0x32"', "block_size: expected two integers from 1 to 1024, found 0x32"),
         ('block_size = "2048"', "block_size: expected two integers from 1 to 1024, found 2048x2048"),
         ("sweeps = 0", "sweeps: expected an integer from 1, found 0"),
+        ("augment = -1", "augment: expected an integer from 0, found -1"),
         ("refine = -1", "refine: expected an integer from 0, found -1"),
         ('importance = "l3"', "importance: expected one of auto, l1, l2, activation, hessian, found 'l3'"),
         ('reorder = "best"', "reorder: expected one of exact, greedy, none"),

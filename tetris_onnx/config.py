@@ -61,6 +61,7 @@ _TOP_KEYS = (
     "precision",
     "threads",
     "sweeps",
+    "augment",
     "refine",
     "seed",
     "layers",
@@ -124,6 +125,7 @@ class Config:
     precision: str = "float32"  # one of PRECISIONS: what the products of the block-sparse layers are computed in
     threads: int = 1  # of the sessions that will run the result: which layers gain depends on it
     sweeps: int | None = None  # how often to prune with calibration samples; None = twice where that takes little
+    augment: int | None = None  # varied copies of each image to recover with; None = one of each of few images
     # Passes of gradient steps over the calibration samples, on all layers together; None = where they take little
     refine: int | None = None
     seed: int = 0
@@ -151,6 +153,8 @@ class Config:
             raise ConfigError(f"seed: expected an integer from 0, found {self.seed!r}")
         if self.sweeps is not None and (not _is_int(self.sweeps) or self.sweeps < 1):
             raise ConfigError(f"sweeps: expected an integer from 1, found {self.sweeps!r}")
+        if self.augment is not None and (not _is_int(self.augment) or self.augment < 0):
+            raise ConfigError(f"augment: expected an integer from 0, found {self.augment!r}")
         if self.refine is not None and (not _is_int(self.refine) or self.refine < 0):
             raise ConfigError(f"refine: expected an integer from 0, found {self.refine!r}")
         if not _is_int(self.threads) or self.threads < 1:

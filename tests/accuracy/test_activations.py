@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx.parser
@@ -10,7 +15,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from tetris_onnx.accuracy.activations import Activations
+from tetris_onnx.accuracy.activations import Activations, leave_to_system
 
 # A residual network with a fork, a flatten through a computed shape and a matrix product at the end.
 TEXT = """
@@ -164,3 +169,18 @@ def test_each_node_runs_once_per_version(monkeypatch: pytest.MonkeyPatch) -> Non
     assert counts.pop("a") == 2
     assert all(counts[name] == 1 for name in once & counts.keys())
     assert all(n <= 2 for n in counts.values()), counts
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux tells of this process")
+def test_arrays_in_files_can_leave_memory() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    with tempfile.TemporaryFile() as file:
+        array = np.memmap(file, np.float32, "w+", shape=(16, 2**20))
+    before = resident()
+    array[:] = 3
+    filled = resident()
+    leave_to_system(array, np.ones(3))
+    assert filled - before > 0.9 * array.nbytes and resident() - before < 0.1 * array.nbytes
+    assert (array == 3).all()

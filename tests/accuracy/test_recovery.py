@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -328,3 +329,25 @@ def test_skipped_layers_are_left_alone() -> None:
     config = Config(sparsity=0.5, block_size=(8, 8), layers=(LayerRule("y", skip=True), LayerRule("c", skip=True)))
     found = recover(graph, survey(graph, config), io.to_proto(graph, model), config, {"x": inputs(48, seed=1)})
     assert {"y", "c"}.isdisjoint(found.weights) and {"a", "b"} <= set(found.weights)
+
+
+@pytest.mark.parametrize(("n", "augment", "copies"), [(48, None, 1), (48, 0, 0), (48, 2, 2), (256, None, 0)])
+def test_few_images_are_joined_by_varied_copies(
+    n: int, augment: int | None, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problems: list[tuple[int, int]] = []
+
+    class Spy(recovery.LayerSamples):
+        def __init__(self, u: NDArray, *rest: Any, **options: Any) -> None:
+            super().__init__(u, *rest, **options)
+            problems.append((len(u), self.inputs))
+
+    monkeypatch.setattr(recovery, "LayerSamples", Spy)
+    model = network()
+    graph = prepare(io.to_graph(model))
+    config = replace(
+        CONFIG, augment=augment, sweeps=1, layers=(LayerRule("b", sparsity=0.5), LayerRule("*", skip=True))
+    )
+    recover(graph, survey(graph, config), io.to_proto(graph, model), config, {"x": inputs(n, seed=1)})
+    # The layer has 6x11 output positions. A sample and its copies are held out together.
+    assert problems == [(n * (1 + copies) * 66, n)]

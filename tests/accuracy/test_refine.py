@@ -17,7 +17,7 @@ from tetris_onnx.accuracy import refine
 from tetris_onnx.accuracy.recovery import Recovery, recover
 from tetris_onnx.accuracy.refine import recover_and_refine
 from tetris_onnx.algorithms.blocks import original_mask
-from tetris_onnx.data.calibration import Data, InputSpec
+from tetris_onnx.data.calibration import Data
 from tetris_onnx.graph import io
 from tetris_onnx.optimize import masked_dense
 from tetris_onnx.planner import prepare, survey
@@ -176,21 +176,3 @@ def test_the_whole_pipeline_shows_progress_and_says_what_came_of_it() -> None:
     assert [(done, total) for stage, done, total in calls if stage == "refine"] == [(i, 6) for i in range(7)]
     assert any(note.startswith("refined in ") for note in result.report.notes)
     assert result.report.max_error < 1e-4  # the block-sparse model computes what the refined weights say
-
-
-@pytest.mark.parametrize("shape", [(64, 1, 20, 32), (64, 20, 32, 3)])
-def test_images_are_mirrored_and_shifted_by_a_little(shape: tuple[int, ...]) -> None:
-    spec = InputSpec("x", np.dtype(np.float32), (None, *shape[1:]))
-    wide = shape.index(32)
-    ramp = np.zeros(shape, np.float32) + np.arange(32).reshape([-1 if a == wide else 1 for a in range(4)])
-    found = np.moveaxis(refine._vary({"x": ramp}, [spec], np.random.default_rng(0))["x"], wide, -1)
-    steps = np.sign(found[..., 20] - found[..., 10]).reshape(64, -1)
-    assert (steps == steps[:, :1]).all() and 10 < (steps[:, 0] < 0).sum() < 54
-    assert np.abs(np.where(steps[:, 0] < 0, 31 - found[:, 0, 0, 15], found[:, 0, 0, 15]) - 15.5).max() <= 2.5
-
-
-def test_other_inputs_are_left_as_they_are() -> None:
-    arrays = {"tokens": np.arange(12).reshape(4, 3), "maps": np.ones((4, 16, 16, 16), np.float32)}
-    specs = [InputSpec(name, array.dtype, (None, *array.shape[1:])) for name, array in arrays.items()]
-    varied = refine._vary(arrays, specs, np.random.default_rng(0))
-    assert all(varied[name] is array for name, array in arrays.items())

@@ -168,6 +168,8 @@ def test_optimize_writes_model_plan_and_report(
         "l2",
         "--seed",
         "5",
+        "--augment",
+        "3",
         "--refine",
         "7",
         "--save-plan",
@@ -189,6 +191,7 @@ def test_optimize_writes_model_plan_and_report(
         gathers="keep",
         target="cuda",
         precision="bf16",
+        augment=3,
         refine=7,
         seed=5,
     )

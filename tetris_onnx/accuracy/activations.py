@@ -8,6 +8,7 @@ They live in files where they would take more memory than allowed.
 
 from __future__ import annotations
 
+import mmap
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -308,6 +309,7 @@ class Activations:
                     arrays[name][start - first : start - first + self._batch] = value
                 else:
                     arrays[name] = value
+            leave_to_system(*given.values(), *arrays.values())
         return arrays
 
     def _allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> NDArray:
@@ -316,6 +318,13 @@ class Activations:
             return np.empty(shape, dtype)
         with tempfile.TemporaryFile() as file:  # which has no name: a run that is killed leaves nothing behind
             return np.memmap(file, dtype, "w+", shape=shape)
+
+
+def leave_to_system(*arrays: NDArray) -> None:
+    """Take the pages of arrays in files out of this process: the system keeps them as long as it has room."""
+    for array in arrays:
+        if isinstance(array.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+            array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def _reads(node: onnx.NodeProto) -> list[str]:

@@ -17,12 +17,13 @@ import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
-from tetris_onnx.accuracy.activations import Activations, Seen
+from tetris_onnx.accuracy.activations import Activations, Seen, leave_to_system
 from tetris_onnx.accuracy.influence import Influence, measure_influence
 from tetris_onnx.algorithms.blocks import keep_count
 from tetris_onnx.algorithms.error_search import search, support
 from tetris_onnx.algorithms.refit import LayerSamples
 from tetris_onnx.config import Config
+from tetris_onnx.data.augment import with_copies
 from tetris_onnx.data.calibration import CalibrationError, Samples, count, model_inputs
 from tetris_onnx.graph import io
 from tetris_onnx.graph.channels import ChannelAxis, find_region
@@ -48,6 +49,7 @@ _SWEEP_WORK = 10**12
 _LEAST_WORTH = 1e-3
 # This share of what a sample counts is the same for all: gradients are those of the dense network at a point.
 _EVEN = 0.2
+_FEW_SAMPLES = 200  # of fewer images a varied copy of each is learned from, too
 _ENOUGH_SAMPLES = 128  # one backward pass of each tells the influence; of fewer samples two
 
 
@@ -73,19 +75,25 @@ def recover(
 
     Errors count by what they do to the network's outputs (`influence`), where that is known. Where ``config.sweeps``
     says so (by default, where that takes little), the network is pruned again from the start by what its pruned form
-    makes of them, and the better result is taken.
+    makes of them, and the better result is taken. Of few images varied copies are learned from, too
+    (``config.augment``).
 
     With a ``plan``, its permutations and blocks are kept and only the weights are fitted. Deterministic for a seed.
     """
+    inputs = model_inputs(model)
+    given = count(samples, inputs)
+    copies = config.augment if config.augment is not None else int(given < _FEW_SAMPLES)
+    samples = with_copies(samples, inputs, copies, config.seed)
+    alike = count(samples, inputs) // given
     matter = _matter(candidates, model, config, samples)
-    best = _prune(candidates, model, config, samples, plan, progress, matter)
+    best = _prune(candidates, model, config, samples, alike, plan, progress, matter)
     for _ in range(_sweeps(candidates, config) - 1 if plan is None and by_error(config) else 0):
         pruned = run_passes(graph, [Pass("set_weights", partial(set_weights, weights=best.weights))])
         matter = _matter(candidates, io.to_proto(pruned, model), config, samples)
         if not matter:
             worth = output_worth(graph, [c.layer for c in candidates], best.weights)
             matter = {name: Influence(channels, None) for name, channels in worth.items()}
-        found = _prune(candidates, model, config, samples, plan, progress, matter)
+        found = _prune(candidates, model, config, samples, alike, plan, progress, matter)
         if _last_error(candidates, found) >= _last_error(candidates, best):
             break
         best = found
@@ -165,11 +173,15 @@ def _prune(
     model: onnx.ModelProto,
     config: Config,
     samples: Samples,
+    alike: int,
     plan: Plan | None,
     progress: Progress | None,
     matter: Mapping[str, Influence],
 ) -> Recovery:
-    """One pass over the network. ``matter``: by layer; errors of all outputs of other layers count the same."""
+    """One pass over the network. ``matter``: by layer; errors of all outputs of other layers count the same.
+
+    ``alike``: so many samples in a row are one and its copies.
+    """
     chosen = [c for c in candidates if (not c.why_dense if plan is None else plan.get(c.layer.name) is not None)]
     dense = [c for c in candidates if c not in chosen and not (c.layer.why_dense or c.layer.opened or c.options.skip)]
     names = [c.layer.name for c in chosen]
@@ -184,7 +196,8 @@ def _prune(
                 progress("recover", done, len(todo))
             influence = matter.get(layer.name)
             where = None if influence is None else influence.positions
-            seen, bounds = layer_samples(layer, activations.advance(layer.name), config.seed, influence=where)
+            values = activations.advance(layer.name)
+            seen, bounds = layer_samples(layer, values, config.seed, influence=where, alike=alike)
             decision, shares = None if plan is None else plan.get(layer.name), None
             keep = np.ones((layer.weight_shape[0], seen.features), bool)
             if candidate in chosen:
@@ -222,12 +235,14 @@ def layer_samples(
     rows: int = _ROWS,
     per_feature: int = _ROWS_PER_FEATURE,
     influence: NDArray[np.float32] | None = None,
+    alike: int = 1,
 ) -> tuple[LayerSamples, tuple[NDArray, NDArray]]:
     """The least-squares problem of a layer, and the bounds where its outputs are clipped (see `LayerSamples.refit`).
 
     Output positions are drawn at random, as many of each sample, ``rows`` in all (fewer of very many features) but at
     least ``per_feature``, where there are: neighbors say little new. What a later Add adds to the output in the pruned
-    network is taken off the target: the layer makes up for the errors of the other branch too.
+    network is taken off the target: the layer makes up for the errors of the other branch too. ``alike``: so many
+    samples in a row are one and its copies, so that they are held out together.
     """
     data, output = seen.data, seen.output
     out, features = layer.weight_shape[0], math.prod(layer.weight_shape[1:])
@@ -264,10 +279,11 @@ def layer_samples(
             y[part] -= addend
             low[part] -= addend
             high[part] -= addend
+        leave_to_system(data, output)
     weight = layer.weight.reshape(out, -1).astype(np.float32, copy=False)
     if share is not None:
         share = _EVEN + (1 - _EVEN) * share / max(float(share.mean()), 1e-30)
-    return LayerSamples(u, y, weight, inputs=len(data), share=share), (low, high)
+    return LayerSamples(u, y, weight, inputs=len(data) // alike, share=share), (low, high)
 
 
 def patches(layer: Layer, image: NDArray, out_shape: tuple[int, ...], chosen: NDArray[np.int64]) -> NDArray:

@@ -30,7 +30,8 @@ from onnx import helper, numpy_helper
 from tetris_onnx.accuracy.recovery import Recovery, recover
 from tetris_onnx.algorithms.error_search import support
 from tetris_onnx.config import Config
-from tetris_onnx.data.calibration import InputSpec, Samples, batches, count, fixed_batch, model_inputs, select
+from tetris_onnx.data.augment import mirrored_or_shifted
+from tetris_onnx.data.calibration import Samples, batches, count, fixed_batch, model_inputs, select
 from tetris_onnx.graph import io
 from tetris_onnx.graph.backward import Backward, UnknownDerivativeError
 from tetris_onnx.graph.layers import Layer
@@ -63,8 +64,6 @@ _DECAY = (0.9, 0.999)
 # much smaller as it was too large, and by this at least.
 _HARM = 2.0
 _LEAST_SLOWER, _MOST_SLOWER = 0.25, 0.01
-_SHIFT = 16  # images are shifted by up to their size over this
-_MOST_CHANNELS = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,7 +190,8 @@ def _refine(
             progress("refine", done, passes)
         order = rng.permutation(n)
         for start in range(0, n - batch + 1, batch):
-            feed = _vary(select(fit, student.inputs, np.sort(order[start : start + batch])), student.inputs, rng)
+            feed = select(fit, student.inputs, np.sort(order[start : start + batch]))
+            feed = mirrored_or_shifted(feed, student.inputs, rng)
             gradients = student.gradients(feed, values, scale, batch)
             optimizer.step(values, gradients, size * _pace(update, updates))
             update += 1
@@ -355,22 +355,3 @@ def _kept(layer: Layer, plan: Plan) -> NDArray[np.bool_] | None:
     taps = math.prod(layer.weight_shape[2:])
     keep = support((decision.out_perm, decision.in_perm), decision.block_size, decision.keep, taps)
     return layer.stored(keep.reshape(layer.weight_shape))
-
-
-def _vary(feed: Samples, inputs: Sequence[InputSpec], rng: np.random.Generator) -> Samples:
-    """Images mirrored at random and shifted by a few pixels, edges repeated; other inputs as they are."""
-    varied = dict(feed)
-    for spec in inputs:
-        array = feed[spec.name]
-        if array.ndim != 4 or array.dtype.kind != "f" or min(array.shape[1], array.shape[3]) > _MOST_CHANNELS:
-            continue
-        height, width = (2, 3) if array.shape[1] <= array.shape[3] else (1, 2)
-        mirrored = rng.random(len(array)) < 0.5
-        array = array.copy()
-        array[mirrored] = np.flip(array[mirrored], width)
-        for axis in (height, width):
-            size = array.shape[axis]
-            shift = int(rng.integers(-(size // _SHIFT), size // _SHIFT + 1))
-            array = np.take(array, np.clip(np.arange(size) + shift, 0, size - 1), axis)
-        varied[spec.name] = array
-    return varied

@@ -21,6 +21,7 @@ import typer
 
 from tetris_onnx.cli.contain import contained
 from tetris_onnx.cli.options import (
+    Augment,
     Bgr,
     BlockSize,
     Calibration,
@@ -196,6 +197,7 @@ def optimize(
     threads: Threads = None,
     reorder: Reorder = None,
     importance: Importance = None,
+    augment: Augment = None,
     refine: Refine = None,
     save_plan: Annotated[Path | None, typer.Option(help="Write the plan (.npz).")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the report (.html, .json or .md).")] = None,
@@ -231,7 +233,7 @@ def optimize(
         refuse_together("--speedup", {"--sparsity": sparsity})
     images = parse_image_options(mean, std, scale, layout, image_size, bgr)
     options = config, sparsity, block_size, gathers, reorder, importance, seed, target, allocation, speedup
-    chosen = replace(_config(*options, precision, threads, refine), memory=int(min(memory, 1e9) * 1e9))
+    chosen = replace(_config(*options, precision, threads, augment, refine), memory=int(min(memory, 1e9) * 1e9))
     if chosen.importance in MEASURED_IMPORTANCES and calibration is None:
         raise UsageError(
             f"importance {chosen.importance} is measured on samples: give --calibration FILE.npz, or use l1 or l2"
@@ -502,6 +504,7 @@ def _config(
     speedup: float | None = None,
     precision: str | None = None,
     threads: int | None = None,
+    augment: int | None = None,
     refine: int | None = None,
 ) -> Config:
     """The config file's options with those of the command line on top."""
@@ -519,6 +522,7 @@ def _config(
         "speedup": speedup,
         "precision": precision,
         "threads": threads,
+        "augment": augment,
         "refine": refine,
     }
     return load_config_with(path, values)

@@ -51,6 +51,15 @@ Importance = Annotated[
     str | None,
     typer.Option(metavar="|".join(IMPORTANCES), help="What a weight is worth.", show_default="auto"),
 ]
+Augment = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="COPIES",
+        help="Varied copies of each image of --calibration to learn from.",
+        show_default="1 of fewer than 200 images",
+    ),
+]
 Refine = Annotated[
     int | None,
     typer.Option(
