@@ -53,6 +53,7 @@ struct Avx512 {
   static Vec odd(Vec a, Vec b) { return _mm512_permutex2var_ps(a, every_other(1), b); }
   static Vec zip_low(Vec a, Vec b) { return _mm512_permutex2var_ps(a, zipped(0), b); }
   static Vec zip_high(Vec a, Vec b) { return _mm512_permutex2var_ps(a, zipped(8), b); }
+  static Vec select(Mask mask, float x, Vec a) { return _mm512_mask_mov_ps(a, mask, _mm512_set1_ps(x)); }
   static Vec next(Vec a, float x) {
     const __m512i last = _mm512_castps_si512(_mm512_set1_ps(x));
     return _mm512_castsi512_ps(_mm512_alignr_epi32(last, _mm512_castps_si512(a), 1));

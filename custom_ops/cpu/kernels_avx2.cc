@@ -48,6 +48,9 @@ struct V {
   static Vec zip_high(Vec a, Vec b) {
     return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
   }
+  static Vec select(Mask mask, float x, Vec a) {
+    return _mm256_blendv_ps(a, _mm256_set1_ps(x), _mm256_castsi256_ps(mask));
+  }
   static Vec next(Vec a, float x) {
     const Vec rotated = _mm256_permutevar8x32_ps(a, _mm256_setr_epi32(1, 2, 3, 4, 5, 6, 7, 0));
     return _mm256_blend_ps(rotated, set1(x), 0x80);

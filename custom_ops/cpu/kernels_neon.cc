@@ -55,6 +55,7 @@ struct V {
   static Vec odd(Vec a, Vec b) { return vuzp2q_f32(a, b); }
   static Vec zip_low(Vec a, Vec b) { return vzip1q_f32(a, b); }
   static Vec zip_high(Vec a, Vec b) { return vzip2q_f32(a, b); }
+  static Vec select(Mask mask, float x, Vec a) { return vbslq_f32(mask, vdupq_n_f32(x), a); }
   static Vec next(Vec a, float x) { return vextq_f32(a, vdupq_n_f32(x), 1); }
   static void load_transposed(const float* from, int64_t stride, Vec (&columns)[kLanes]) {
     const float32x4x2_t upper = vtrnq_f32(load(from), load(from + stride));

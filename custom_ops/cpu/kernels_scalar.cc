@@ -37,6 +37,7 @@ struct V {
   static Vec odd(Vec, Vec b) { return b; }
   static Vec zip_low(Vec a, Vec) { return a; }
   static Vec zip_high(Vec, Vec b) { return b; }
+  static Vec select(Mask mask, float x, Vec a) { return mask ? x : a; }
   static Vec next(Vec, float x) { return x; }
   static void load_transposed(const float* from, int64_t, Vec (&columns)[kLanes]) { columns[0] = *from; }
   static void copy_rows(float* to, const float* from, const RowCopy& copy) {

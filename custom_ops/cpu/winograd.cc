@@ -143,10 +143,8 @@ ConvAlgorithm WinogradConv::choose(const ConvKernel& conv, int64_t batch, const 
     const int64_t count = batch * down * across;
     const double tiles = vectors_of(count, tail_of_tiles(count, kernels), kernels);
     const double strips = std::ceil(tiles / kernels.conv_vectors);
-    // Input vectors do not span rows of tiles.
-    const double rows = static_cast<double>(batch * down * ceil_div(across, kernels.lanes));
     const double transforms =
-        static_cast<double>(conv.used_.size()) * kernels.packed * rows + static_cast<double>(conv.outputs_) * std::ceil(tiles);
+        std::ceil(tiles) * static_cast<double>(static_cast<int64_t>(conv.used_.size()) * kernels.packed + conv.outputs_);
     const double cost = elements * (weights * (tiles + kRead * strips) + (integers ? kIntegerTransform : kTransform) * transforms);
     if (cost < best) {
       best = cost;

@@ -2,7 +2,8 @@
 //
 // The vector traits V have, beside what kernel_template.h lists: sub, mul, store_masked(p, a, mask), even(a, b) and
 // odd(a, b) (every other lane of the two vectors in a row), zip_low(a, b) and zip_high(a, b) (the two halves of a0, b0, a1,
-// b1, ...), next(a, x) (the lanes of `a` from the second on, then the number x). V is a template parameter here, so that
+// b1, ...), next(a, x) (the lanes of `a` from the second on, then the number x), select(mask, x, a) (the number x in the lanes of
+// the mask, `a` elsewhere). V is a template parameter here, so that
 // nothing is compiled for vector traits of other precisions.
 #pragma once
 
@@ -149,36 +150,59 @@ struct WinogradRows {
 template <class V, int M>
 constexpr int64_t kRunColumns = (M * kTileVectors<V> + 2) * V::kLanes;  // that a run's tiles read, at most
 
-// The transform down the columns of a run, as they lie in memory: rows[i][c] of the run's column c; zero also for the lanes
-// without a tile. Stored just as it will be loaded later, so that no load waits for the stores before.
+// The transform down the columns of a strip's runs, as they lie in memory: rows[i][M * t] is the first column of tile t, the
+// next tile's are M further. The last tile of a run has two more than that, which are in ends[i][run]. Lanes without a tile
+// get what is there, or zero.
 template <class V, int M>
-TETRIS_INLINE void winograd_columns(const WinogradInput& in, const WinogradRun& run, int channel, int64_t vectors,
-                                    float (&rows)[M + 2][kRunColumns<V, M>]) {
-  using Vec = typename V::Vec;
-  constexpr int N = M + 2;
-  const WinogradRows<V, N> from(in, run, in.x[channel]);
-  from.fetch(in.next[channel] - in.x[channel], M, M * run.tiles);
-  TETRIS_NO_UNROLL
-  for (int64_t c = 0; c < M * vectors * V::kLanes + 2; c += V::kLanes) {
-    Vec d[N], t[N];
-    from.load(c, d);
-    Winograd<V, M>::input(d, t);
-    TETRIS_UNROLL
-    for (int i = 0; i < N; ++i) V::store(&rows[i][c], t[i]);
-  }
-}
+struct WinogradColumns {
+  static constexpr int N = M + 2;
+  alignas(64) float rows[N][kRunColumns<V, M>];
+  float ends[N][kTileVectors<V> * V::kLanes][2];
 
-// And along the rows: t[j], element j of the tiles of the vector that begins at `from`.
-template <class V, int M>
-TETRIS_INLINE void winograd_row(const float* from, typename V::Vec (&t)[M + 2]) {
-  typename V::Vec phase[M], d[M + 2];
-  deinterleave<V>(from, phase);
-  TETRIS_UNROLL
-  for (int j = 0; j < M; ++j) d[j] = phase[j];
-  d[M] = V::next(phase[0], from[M * V::kLanes]);
-  d[M + 1] = V::next(phase[1], from[M * V::kLanes + 1]);
-  Winograd<V, M>::input(d, t);
-}
+  TETRIS_INLINE void transform(const WinogradInput& in, int channel, int64_t vectors) {
+    using Vec = typename V::Vec;
+    TETRIS_NO_UNROLL
+    for (int64_t r = 0; r < in.run_count; ++r) {
+      const WinogradRun& run = in.runs[r];
+      const WinogradRows<V, N> from(in, run, in.x[channel]);
+      from.fetch(in.next[channel] - in.x[channel], M, M * run.tiles);
+      float* to = &rows[0][M * run.begin];
+      const int64_t columns = r + 1 < in.run_count ? M * run.tiles : M * (vectors * V::kLanes - run.begin);
+      TETRIS_NO_UNROLL
+      for (int64_t c = 0; c < columns + 2; c += V::kLanes) {
+        Vec d[N], t[N];
+        from.load(c, d);
+        Winograd<V, M>::input(d, t);
+        TETRIS_UNROLL
+        for (int i = 0; i < N; ++i) V::store(to + i * kRunColumns<V, M> + c, t[i]);
+      }
+      TETRIS_UNROLL
+      for (int i = 0; i < N; ++i) {
+        ends[i][r][0] = rows[i][M * (run.begin + run.tiles)];
+        ends[i][r][1] = rows[i][M * (run.begin + run.tiles) + 1];
+      }
+    }
+  }
+
+  // And along row i: t[j], element j of the tiles of vector v, among which are the last ones of the runs [begin, end).
+  TETRIS_INLINE void transform_row(const WinogradInput& in, int i, int64_t v, int64_t begin, int64_t end,
+                                   typename V::Vec (&t)[N]) const {
+    typename V::Vec phase[M], d[N];
+    const float* from = &rows[i][M * V::kLanes * v];
+    deinterleave<V>(from, phase);
+    TETRIS_UNROLL
+    for (int j = 0; j < M; ++j) d[j] = phase[j];
+    d[M] = V::next(phase[0], from[M * V::kLanes]);
+    d[M + 1] = V::next(phase[1], from[M * V::kLanes + 1]);
+    TETRIS_NO_UNROLL
+    for (int64_t r = begin; r < end; ++r) {
+      const typename V::Mask last = V::expand(1U << (in.runs[r].begin + in.runs[r].tiles - 1 - v * V::kLanes));
+      d[M] = V::select(last, ends[i][r][0], d[M]);
+      d[M + 1] = V::select(last, ends[i][r][1], d[M + 1]);
+    }
+    Winograd<V, M>::input(d, t);
+  }
+};
 
 // Packed: how many channels share the elements: 1, or 2 as integers.
 template <class V, int M, int Packed>
@@ -186,45 +210,43 @@ void winograd_input_impl(const WinogradInput& in) {
   using Vec = typename V::Vec;
   constexpr int N = M + 2;
   constexpr int64_t kLanes = V::kLanes;
-  alignas(64) float rows[Packed][N][kRunColumns<V, M>];
+  const int64_t plane = in.plane, pitch = in.pitch;
+  const bool pair = in.x[1] != nullptr;
+  const WinogradRun& last = in.runs[in.run_count - 1];
+  const int64_t vectors = (last.begin + last.tiles + kLanes - 1) / kLanes;
+  WinogradColumns<V, M> columns[Packed];
   TETRIS_NO_UNROLL
-  for (int64_t r = 0; r < in.run_count; ++r) {
-    const WinogradRun& run = in.runs[r];
-    const int64_t vectors = (run.tiles + kLanes - 1) / kLanes;
-    TETRIS_NO_UNROLL
-    for (int p = 0; p < Packed; ++p) {
-      if (p == 0 || in.x[p] != nullptr) winograd_columns<V, M>(in, run, p, vectors, rows[p]);
-    }
-    TETRIS_NO_UNROLL
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t tile = run.begin + v * kLanes;
-      const typename V::Mask mask = first_lanes<V>(in.pitch - tile);
-      const Vec tile_scale = Packed == 2 ? V::load_masked(in.tile_scale + tile, mask) : V::zero();
-      float* out = in.v + tile;
+  for (int p = 0; p < Packed; ++p) {
+    if (p == 0 || pair) columns[p].transform(in, p, vectors);
+  }
+  int64_t begin = 0, end = 0;  // runs whose last tile is in the vector
+  TETRIS_NO_UNROLL
+  for (int64_t v = 0; v < vectors; ++v, begin = end) {
+    while (end < in.run_count && in.runs[end].begin + in.runs[end].tiles <= (v + 1) * kLanes) ++end;
+    const Vec tile_scale = Packed == 2 ? V::load(in.tile_scale + v * kLanes) : V::zero();
+    float* to = in.v + v * kLanes;
+    TETRIS_UNROLL
+    for (int i = 0; i < N; ++i) {
+      Vec t[Packed][N];
+      columns[0].transform_row(in, i, v, begin, end, t[0]);
+      if constexpr (Packed == 2) {
+        if (pair) {
+          columns[1].transform_row(in, i, v, begin, end, t[1]);
+        } else {
+          TETRIS_UNROLL
+          for (int j = 0; j < N; ++j) t[1][j] = V::zero();
+        }
+      }
       TETRIS_UNROLL
-      for (int i = 0; i < N; ++i) {
-        Vec t[Packed][N];
-        winograd_row<V, M>(&rows[0][i][M * v * kLanes], t[0]);
+      for (int j = 0; j < N; ++j, to += plane) {
         if constexpr (Packed == 2) {
-          if (in.x[1] != nullptr) {
-            winograd_row<V, M>(&rows[1][i][M * v * kLanes], t[1]);
-          } else {
-            TETRIS_UNROLL
-            for (int j = 0; j < N; ++j) t[1][j] = V::zero();
-          }
+          const Vec scale = V::mul(V::set1(in.scale[i * N + j]), tile_scale);
+          V::store(to, V::integer_pairs(t[0][j], t[1][j], scale));
+        } else {
+          V::store(to, t[0][j]);
         }
-        TETRIS_UNROLL
-        for (int j = 0; j < N; ++j) {
-          float* to = out + (i * N + j) * in.plane;
-          if constexpr (Packed == 2) {
-            const Vec scale = V::mul(V::set1(in.scale[i * N + j]), tile_scale);
-            V::store_masked(to, V::integer_pairs(t[0][j], t[1][j], scale), mask);
-          } else {
-            V::store_masked(to, t[0][j], mask);
-          }
-          // The next channel's, which another thread may have read last.
-          TETRIS_PREFETCH_STORE(to + in.pitch);
-        }
+        // The next channel's, which another thread may have read last.
+        TETRIS_PREFETCH_STORE(to + pitch);
       }
     }
   }

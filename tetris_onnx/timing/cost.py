@@ -213,8 +213,7 @@ def sparse_work(
         strips = math.ceil(tiles / _VECTORS)
         transformed = weights / shape.taps * elements
         work["winograd"] = transformed * _row_groups(rows) / rows * lanes * tiles
-        # Input vectors do not span rows of tiles.
-        vectors = used * shape.inputs * shape.samples * down * -(-across // lanes) + shape.outputs * math.ceil(tiles)
+        vectors = (used * shape.inputs + shape.outputs) * math.ceil(tiles)
         work["transform"] = elements * vectors
         work["transformed"] = transformed * strips  # every strip of tiles reads all weights
     if not many_rows:
