@@ -184,3 +184,16 @@ def test_arrays_in_files_can_leave_memory() -> None:
     leave_to_system(array, np.ones(3))
     assert filled - before > 0.9 * array.nbytes and resident() - before < 0.1 * array.nbytes
     assert (array == 3).all()
+
+
+def test_values_of_one_pass_share_the_memory() -> None:
+    x = np.ones((16, 3, 6, 6), np.float32)
+    in_files = []
+    for spare in (0, 1):
+        wanted = values(network(), ["ar", "b"], x)
+        memory = x.nbytes + wanted["ar"].nbytes + wanted["b"].nbytes - 1 + spare
+        with Activations(network(), ["b"], {"x": x}, memory) as activations:
+            seen = activations.advance("b")
+            in_files.append([isinstance(v, np.memmap) for v in (seen.data, seen.output)].count(True))
+            np.testing.assert_allclose(seen.data, wanted["ar"], rtol=1e-5)
+    assert in_files == [1, 0]

@@ -113,7 +113,7 @@ class Activations:
         addend = None if beside is None else self._values[1][beside]
         if beside is None or addend is None or not self._values[0][beside].shape == output.shape == addend.shape:
             return Seen(self._value(1, data), output, None)
-        total = self._allocate(output.shape, output.dtype)
+        total = self._allocate(output.shape, output.dtype, {})
         np.add(output, self._values[0][beside], out=total)
         return Seen(self._value(1, data), total, addend)
 
@@ -304,7 +304,7 @@ class Activations:
                 value = np.asarray(result)
                 if start == first and value.ndim and len(value) == self._batch:
                     self._sliced.add(name)
-                    arrays[name] = self._allocate((stop - first, *value.shape[1:]), value.dtype)
+                    arrays[name] = self._allocate((stop - first, *value.shape[1:]), value.dtype, arrays)
                 if name in self._sliced:
                     arrays[name][start - first : start - first + self._batch] = value
                 else:
@@ -312,9 +312,11 @@ class Activations:
             leave_to_system(*given.values(), *arrays.values())
         return arrays
 
-    def _allocate(self, shape: tuple[int, ...], dtype: np.dtype) -> NDArray:
-        held = sum(a.nbytes for values in self._values for a in values.values() if not isinstance(a, np.memmap))
-        if held + np.dtype(dtype).itemsize * np.prod(shape, dtype=np.float64) <= self._memory:
+    def _allocate(self, shape: tuple[int, ...], dtype: np.dtype, beside: Mapping[str, NDArray]) -> NDArray:
+        """An empty array, in a file where it and the values that are held, and those ``beside`` them, take too much."""
+        held = [a for values in (*self._values, beside) for a in values.values()]
+        held_bytes = sum(a.nbytes for a in held if not isinstance(a, np.memmap))
+        if held_bytes + np.dtype(dtype).itemsize * np.prod(shape, dtype=np.float64) <= self._memory:
             return np.empty(shape, dtype)
         with tempfile.TemporaryFile() as file:  # which has no name: a run that is killed leaves nothing behind
             return np.memmap(file, dtype, "w+", shape=shape)
