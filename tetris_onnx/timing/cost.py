@@ -39,7 +39,6 @@ _FEWEST_ROWS = 3  # below, the multipliers wait for their own results
 _FEW_SAMPLES = 12  # more are computed in vectors of samples, fewer in vectors of output channels
 _TAIL_PIXELS = 4  # as many at the end of a map are computed without a vector for them
 _VECTORS = 3  # of pixels that it computes at a time
-_INTEGER_TRANSFORM = 0.75  # Winograd's transforms of 16-bit integers (bf16), as a share of those of float32
 _LAYOUT_CHANNELS = 16  # onnxruntime's convolutions compute this many channels at a time
 
 
@@ -248,8 +247,6 @@ def predict(
     precision = precision if precision in machine.precisions else "float32"
     share = machine.precisions.get(precision, 1.0)
     shares = dict.fromkeys((*KINDS, "weights", "cold", "winograd", "transformed"), share)
-    if precision != "float32":
-        shares["transform"] = _INTEGER_TRANSFORM
     coefficients = {name: c * shares.get(name, 1.0) for name, c in machine.sparse.items()}
     found = []
     for algorithm in algorithms(shape, precision):
