@@ -5,7 +5,7 @@
 Each line is one way of serving, in a process of its own: so many callers that run the model again and again without a
 pause, on one session or each on its own, each session with so many threads of its own or all with one pool. The two
 models take turns. The first two lines are without load: one caller, with one thread and with all; in the others, the
-speed-up should not be much below theirs.
+speed-up should not be much below theirs. -o adds the lines to a table (.csv), in place of those of the same model.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from result_table import add_to_table  # beside this file
 from tetris_onnx.data.calibration import runnable_samples, session_inputs
 from tetris_onnx.runtime import InferenceSession
 from tetris_onnx.timing.bench import cpu_name
@@ -120,6 +121,9 @@ def measure(service: Service, models: Sequence[Path], batch: int, rounds: int, s
     return [statistics.median(found) for found in rates]
 
 
+COLUMNS = ("network", "service", "dense_per_second", "sparse_per_second", "speedup")
+
+
 def main() -> None:
     """Print a line for each way of serving."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -129,12 +133,14 @@ def main() -> None:
     parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="threads of all callers together")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.5, help="of each model's turn")
+    parser.add_argument("-o", "--output", type=Path, help="add the lines to this table (.csv)")
     arguments = parser.parse_args()
     for model in (arguments.dense, arguments.sparse):
         if not model.is_file():
             parser.error(f"{model}: no such file")
     print(f"runs per second, batch {arguments.batch}; onnxruntime {onnxruntime.__version__}, {cpu_name()}")
     print(f"{'':<46} {'dense':>8} {'sparse':>8} speed-up")
+    rows: list[dict[str, str]] = []
     for service in services(arguments.cores):
         # A process of its own: the global pool is made once in a process.
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
@@ -144,6 +150,10 @@ def main() -> None:
         if np.isnan(dense + sparse):
             raise SystemExit(f"{service}: wrong outputs")
         print(f"{service!s:<46} {dense:>8.1f} {sparse:>8.1f} {sparse / dense:>7.2f}x", flush=True)
+        values = (arguments.sparse.stem, str(service), f"{dense:.1f}", f"{sparse:.1f}", f"{sparse / dense:.3f}")
+        rows.append(dict(zip(COLUMNS, values, strict=True)))
+    if arguments.output is not None:
+        add_to_table(arguments.output, COLUMNS, 1, rows)
 
 
 if __name__ == "__main__":

@@ -21,11 +21,8 @@ layout. Rows are added to the table (-o); those of the same models and threads a
 from __future__ import annotations
 
 import argparse
-import csv
 import os
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,10 +31,10 @@ import numpy as np
 import onnxruntime
 
 from one_layer import random_layer  # beside this file
+from result_table import add_to_table
 from shapes import Layer, read_layers
 from tetris_onnx import runtime
 from tetris_onnx.timing.bench import bench
-from tetris_onnx.timing.processor import cpu_name
 
 # Largest difference of the outputs over the largest. Rounding to bfloat16 is off by up to 2^-9 of each factor, to
 # bytes by up to 1/510 of the range; over the many products of an output the errors mostly cancel.
@@ -111,21 +108,6 @@ def measure_network(dense: Path, sparse: Path, arguments: argparse.Namespace) ->
     return rows
 
 
-def add_to_table(path: Path, rows: list[dict[str, str]]) -> None:
-    """Write the rows to the table, in place of those of the same networks and threads."""
-    old: list[dict[str, str]] = []
-    if path.exists():
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-        old = list(csv.DictReader(lines))
-    new = {(row["network"], row["threads"]) for row in rows}
-    with path.open("w", encoding="utf-8", newline="") as file:
-        file.write(f"# {cpu_name()}, {os.cpu_count()} cores; onnxruntime {onnxruntime.__version__}\n")
-        file.write(f"# {shlex.join(['python', 'custom_ops/bench/layers.py', *sys.argv[1:]])}\n")
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([row for row in old if (row["network"], row["threads"]) not in new] + rows)
-
-
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -150,7 +132,7 @@ def main() -> None:
         for row in rows:
             print(*row.values(), sep=",")
         if arguments.output is not None:
-            add_to_table(arguments.output, rows)
+            add_to_table(arguments.output, COLUMNS, 2, rows)
         return
     if len(arguments.shapes) != 1:
         parser.error("one file of layers at a time")
