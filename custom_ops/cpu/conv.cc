@@ -780,8 +780,9 @@ struct ConvKernel::Work {
     for (int64_t u = begin; u < end; ++u) {
       const PackedRows from = rows_of(image, kernel.used_[static_cast<size_t>(u)]);
       float* to = panel + kPanelSlack + u * plan.channel_stride;
-      // Channels are too far from each other for the processor to guess.
-      const int64_t next = u + 1 < end ? rows_of(image, kernel.used_[static_cast<size_t>(u) + 1]).from[0] - from.from[0] : 0;
+      // Channels are too far from each other for the processor to guess. (Elements that fill up a block have none.)
+      const float* following = u + 1 < end ? rows_of(image, kernel.used_[static_cast<size_t>(u) + 1]).from[0] : nullptr;
+      const int64_t next = following != nullptr && from.from[0] != nullptr ? following - from.from[0] : 0;
       for (const Plan::Phase& phase : plan.phases) {
         const int64_t rows = strip.rows + phase.extra_rows;
         // Row q of the phase is the input's row first + q * stride.
