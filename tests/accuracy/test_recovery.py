@@ -351,3 +351,18 @@ def test_few_images_are_joined_by_varied_copies(
     recover(graph, survey(graph, config), io.to_proto(graph, model), config, {"x": inputs(n, seed=1)})
     # The layer has 6x11 output positions. A sample and its copies are held out together.
     assert problems == [(n * (1 + copies) * 66, n)]
+
+
+def test_positions_of_copies_count_the_same_and_those_of_originals_by_their_influence() -> None:
+    model = network()
+    layer = next(x for x in find_layers(prepare(io.to_graph(model))) if x.name == "b")
+    rng = np.random.default_rng(0)
+    seen = Seen(rng.standard_normal((4, 32, 12, 12)), rng.standard_normal((4, 32, 6, 11)), None)
+    influence = rng.random((2, 6, 11), np.float32)
+    samples, _ = layer_samples(layer, seen, seed=0, influence=influence, alike=2)
+    assert samples.inputs == 2
+    share = samples._share.reshape(4, 66)  # type: ignore[union-attr]
+    np.testing.assert_allclose(share.mean(), 1, rtol=1e-5)
+    np.testing.assert_allclose(share[1::2], 1, rtol=1e-5)
+    wanted = 0.2 + 0.8 * influence / influence.mean()
+    np.testing.assert_allclose(share[::2], wanted.reshape(2, 66), rtol=1e-4)

@@ -83,13 +83,13 @@ def recover(
     inputs = model_inputs(model)
     given = count(samples, inputs)
     copies = config.augment if config.augment is not None else int(given < _FEW_SAMPLES)
-    samples = with_copies(samples, inputs, copies, config.seed)
-    alike = count(samples, inputs) // given
     matter = _matter(candidates, model, config, samples)
+    originals, samples = samples, with_copies(samples, inputs, copies, config.seed)
+    alike = count(samples, inputs) // given
     best = _prune(candidates, model, config, samples, alike, plan, progress, matter)
     for _ in range(_sweeps(candidates, config) - 1 if plan is None and by_error(config) else 0):
         pruned = run_passes(graph, [Pass("set_weights", partial(set_weights, weights=best.weights))])
-        matter = _matter(candidates, io.to_proto(pruned, model), config, samples)
+        matter = _matter(candidates, io.to_proto(pruned, model), config, originals)
         if not matter:
             worth = output_worth(graph, [c.layer for c in candidates], best.weights)
             matter = {name: Influence(channels, None) for name, channels in worth.items()}
@@ -242,7 +242,8 @@ def layer_samples(
     Output positions are drawn at random, as many of each sample, ``rows`` in all (fewer of very many features) but at
     least ``per_feature``, where there are: neighbors say little new. What a later Add adds to the output in the pruned
     network is taken off the target: the layer makes up for the errors of the other branch too. ``alike``: so many
-    samples in a row are one and its copies, so that they are held out together.
+    samples in a row are one and its copies, so that they are held out together. ``influence`` is that of the first of
+    them; all positions of the others count the same.
     """
     data, output = seen.data, seen.output
     out, features = layer.weight_shape[0], math.prod(layer.weight_shape[1:])
@@ -257,9 +258,9 @@ def layer_samples(
     u = np.empty((len(data) * each, features), np.float32)
     y = np.empty((len(data) * each, out), np.float32)
     share = None
-    if influence is not None and influence.size == len(data) * positions:
-        influence = influence.reshape(len(data), positions)
-        share = np.empty(len(u), np.float32)
+    if influence is not None and influence.size * alike == len(data) * positions:
+        influence = influence.reshape(-1, positions) / max(float(influence.mean()), 1e-30)
+        share = np.ones(len(u), np.float32)
     low, high = (np.asarray(bound, np.float32) for bound in _bounds(layer, seen.addend is not None))
     if seen.addend is not None:
         low, high = np.broadcast_to(low, y.shape).copy(), np.broadcast_to(high, y.shape).copy()
@@ -272,8 +273,8 @@ def layer_samples(
             else data[i].reshape(-1, features)[chosen]
         )
         y[part] = outputs(output[i], chosen)
-        if share is not None and influence is not None:
-            share[part] = influence[i, chosen]
+        if share is not None and influence is not None and i % alike == 0:
+            share[part] = influence[i // alike, chosen]
         if seen.addend is not None:
             addend = outputs(seen.addend[i], chosen)
             y[part] -= addend
