@@ -331,7 +331,7 @@ def test_skipped_layers_are_left_alone() -> None:
     assert {"y", "c"}.isdisjoint(found.weights) and {"a", "b"} <= set(found.weights)
 
 
-@pytest.mark.parametrize(("n", "augment", "copies"), [(48, None, 1), (48, 0, 0), (48, 2, 2), (256, None, 0)])
+@pytest.mark.parametrize(("n", "augment", "copies"), [(48, None, 1), (48, 0, 0), (48, 2, 2), (128, None, 0)])
 def test_few_images_are_joined_by_varied_copies(
     n: int, augment: int | None, copies: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,8 +49,8 @@ _SWEEP_WORK = 10**12
 _LEAST_WORTH = 1e-3
 # This share of what a sample counts is the same for all: gradients are those of the dense network at a point.
 _EVEN = 0.2
-_FEW_SAMPLES = 200  # of fewer images a varied copy of each is learned from, too
-_ENOUGH_SAMPLES = 128  # one backward pass of each tells the influence; of fewer samples two
+# One backward pass of each tells the influence; of fewer samples two, and a varied copy of each image is learned from.
+_ENOUGH_SAMPLES = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ def recover(
     """
     inputs = model_inputs(model)
     given = count(samples, inputs)
-    copies = config.augment if config.augment is not None else int(given < _FEW_SAMPLES)
+    copies = config.augment if config.augment is not None else int(given < _ENOUGH_SAMPLES)
     matter = _matter(candidates, model, config, samples)
     originals, samples = samples, with_copies(samples, inputs, copies, config.seed)
     alike = count(samples, inputs) // given
