@@ -116,13 +116,14 @@ def seconds(listing: list[Candidate]) -> float:
         shape = candidate.shape
         assert shape is not None
         if candidate.why_dense:
-            total += predict_dense(shape, machine)
+            assert candidate.unpruned_seconds is not None
+            total += candidate.unpruned_seconds  # by our operator, where that is faster
         else:
             total += float(predict(shape, 1 - candidate.options.sparsity, candidate.block_size, machine))
     return total
 
 
-@pytest.mark.parametrize("speedup", [1.3, 1.6])
+@pytest.mark.parametrize("speedup", [1.6, 1.9])
 def test_the_predicted_time_of_the_whole_network_is_what_was_asked_for(speedup: float) -> None:
     options = config(allocation="latency", speedup=speedup)
     before = candidates(options)

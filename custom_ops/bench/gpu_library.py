@@ -45,7 +45,8 @@ def compile_library(folder: Path, optimization: str = "-O2") -> ctypes.CDLL:
     """The kernels with the prebuilt images, apart from onnxruntime."""
     cuda = ROOT / "custom_ops" / "cuda"
     with tarfile.open(cuda / "prebuilt" / "kernels.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # early releases of 3.10 and 3.11 have none
+        archive.extractall(folder)
     names = ("device", "driver", "images", "pack", "pool_kernel", "sparse_kernel", "tile_table")
     sources = [*(cuda / f"{name}.cc" for name in names), Path(__file__).with_name("gpu_library.cc")]
     library = folder / "libtetris_gpu.so"

@@ -48,7 +48,8 @@ def kernel_parameters() -> dict[str, list[str]]:
 def compile_libraries(folder: Path) -> tuple[Path, Path]:
     """The op library with its CUDA ops on the CPU provider, and the stand-in driver."""
     with tarfile.open(CUDA / "prebuilt" / "kernels.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # early releases of 3.10 and 3.11 have none
+        archive.extractall(folder)
     compiler = os.environ.get("CXX", "c++")
     flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
     flags += os.environ.get("TETRIS_ONNX_TEST_CXXFLAGS", "").split()  # run_sanitizers.sh
