@@ -321,8 +321,8 @@ void ConvKernel::read_in_place(Plan& plan) const {
   strips = std::min(strips, tiles);
   if (plan.band_rows > 0) strips = ceil_div(tiles, std::max<int64_t>(1, tiles / strips));  // of as many bands each
   for (int64_t s = 0; s < strips; ++s) {
-    const int64_t begin = tiles * s / strips * tile_pixels;
-    const int64_t end = std::min(tiles * (s + 1) / strips * tile_pixels, plan.output_plane);
+    const int64_t begin = first_of_share(tiles, s, strips) * tile_pixels;
+    const int64_t end = std::min(first_of_share(tiles, s + 1, strips) * tile_pixels, plan.output_plane);
     add_strip(plan, 0, 0, begin, end - begin);
   }
 }
@@ -573,7 +573,8 @@ struct ConvKernel::Work {
   void survey(int64_t item) {
     const int64_t used = static_cast<int64_t>(kernel.used_.size());
     const int64_t image = item / parts_of_image, part = item % parts_of_image;
-    for (int64_t u = used * part / parts_of_image; u < used * (part + 1) / parts_of_image; ++u) {
+    const int64_t end = first_of_share(used, part + 1, parts_of_image);
+    for (int64_t u = first_of_share(used, part, parts_of_image); u < end; ++u) {
       const Source& source = kernel.used_[static_cast<size_t>(u)];
       for (int k = 0; k < source.count; ++k) {
         Range channel;
@@ -603,8 +604,8 @@ struct ConvKernel::Work {
 
   void prepare(int64_t stage, int64_t item) {
     const int64_t used = static_cast<int64_t>(kernel.used_.size());
-    fill_panel(stage, panels + stage * plan.panel_size, used * item / prepare_items,
-               used * (item + 1) / prepare_items);
+    fill_panel(stage, panels + stage * plan.panel_size, first_of_share(used, item, prepare_items),
+               first_of_share(used, item + 1, prepare_items));
   }
 
   // Of a map of a single tile, each thread is about to read all, of which others wrote a part; and there is no next tile to
@@ -637,8 +638,8 @@ struct ConvKernel::Work {
     const size_t first = pooled ? strip.band_begin : strip.tile_begin;
     const int64_t count = static_cast<int64_t>((pooled ? strip.band_end : strip.tile_end) - first);
     const int64_t offset = image * kernel.outputs_ * plan.result_plane;
-    const size_t begin = first + static_cast<size_t>(count * part / parts);
-    const size_t end = first + static_cast<size_t>(count * (part + 1) / parts);
+    const size_t begin = first + static_cast<size_t>(first_of_share(count, part, parts));
+    const size_t end = first + static_cast<size_t>(first_of_share(count, part + 1, parts));
     const int64_t row = rows == 1 ? 0 : rows_first ? item / parts % rows : item % rows;
     const bool rows_next = !rows_first || parts == 1;  // the next item is of the next block row
     // Of a pair, each begins with other block rows: not both store to the lines between their strips at the same time.

@@ -303,7 +303,8 @@ struct GemmKernel::Strips {
   void compute(int64_t item) const {
     const KernelSet& kernels = kernel.kernels_;
     const int64_t lanes = kernels.lanes, elements = kernel.elements_;
-    const int64_t begin = division.vectors * item / compute_items, end = division.vectors * (item + 1) / compute_items;
+    const int64_t begin = first_of_share(division.vectors, item, compute_items);
+    const int64_t end = first_of_share(division.vectors, item + 1, compute_items);
     Samples strip{}, rest{};
     strip.first = begin * lanes;
     strip.pitch = (end - begin) * lanes;

@@ -346,7 +346,7 @@ std::shared_ptr<const WinogradConv::Plan> WinogradConv::make_plan(int64_t batch,
   const bool halves = for_pair && strips == 1 && total > 1 && 2 * half <= kHalves * whole;
   if (halves) strips = 2;
   for (int64_t i = 0; i < strips; ++i) {
-    const int64_t first = total * i / strips, tiles = total * (i + 1) / strips - first;
+    const int64_t first = first_of_share(total, i, strips), tiles = first_of_share(total, i + 1, strips) - first;
     Plan::Strip strip{tiles, plan.runs.size(), 0, plan.parts.size(), 0};
     const int64_t tail = !halves ? tail_of_tiles(tiles, conv_.kernels_) : i == 0 ? 0 : whole_tail;
     const int64_t vectors = ceil_div(tiles - tail, lanes);
@@ -399,8 +399,8 @@ struct WinogradConv::Work {
 
   void survey(int64_t item) {
     const int64_t used = static_cast<int64_t>(winograd.used_.size()), part = item % parts;
-    find_range(plan.strips[static_cast<size_t>(item / parts)], ranges + 2 * item * range_floats(), used * part / parts,
-               used * (part + 1) / parts);
+    find_range(plan.strips[static_cast<size_t>(item / parts)], ranges + 2 * item * range_floats(),
+               first_of_share(used, part, parts), first_of_share(used, part + 1, parts));
   }
   void finish_survey() {
     const int64_t floats = range_floats();
@@ -429,7 +429,7 @@ struct WinogradConv::Work {
   void prepare(int64_t strip, int64_t item) {
     const int64_t used = static_cast<int64_t>(winograd.used_.size());
     transform_input(plan.strips[static_cast<size_t>(strip)], transformed + static_cast<size_t>(strip) * strip_floats(),
-                    used * item / prepare_items, used * (item + 1) / prepare_items);
+                    first_of_share(used, item, prepare_items), first_of_share(used, item + 1, prepare_items));
   }
 
   void compute(int64_t item) {
