@@ -91,7 +91,8 @@ def prunable(model: onnx.ModelProto, block_size: int, skip: Sequence[str] = (), 
     if not found:
         raise typer.BadParameter("no layer of this model can be pruned")
     named = [(str(c.layer.node.name or c.layer.name), c.options.sparsity if rates else None) for c in found]
-    return Config(layers=(*(LayerRule(glob.escape(n), sparsity=s) for n, s in named), LayerRule("*", sparsity=0.0)))
+    layers = (*(LayerRule(glob.escape(n), sparsity=s) for n, s in named), LayerRule("*", sparsity=0.0))
+    return Config(layers=layers, augment=0)  # single weights are refitted to the samples as they are, too
 
 
 def prune_blocks(

@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from tetris_onnx.accuracy import influence
 from tetris_onnx.accuracy.influence import Influence, measure_influence
 
 TEXT = """
@@ -62,25 +63,35 @@ def test_squared_gradients_are_those_of_pytorch() -> None:
     p = functional.max_pool2d(functional.relu((c + wide) * scale), (2, 1))
     h = p.permute(0, 2, 3, 1).flatten(1) @ w["wh"]
     y = 0.5 * functional.relu(h) @ w["wy"].T + w["by"]
+    y = y - y.mean(dim=1, keepdim=True)  # what all logits share, the Softmax does not see
     squares = {name: 0.0 for name in "abch"}
+    products = {name: 0.0 for name in "abch"}
     for k in range(6):
         found = torch.autograd.grad(y[:, k].sum(), [a, b, c, h], retain_graph=True)
         for name, gradient in zip("abch", found, strict=True):
-            squares[name] = squares[name] + gradient.numpy().astype(np.float64) ** 2
+            g = gradient.numpy().astype(np.float64)
+            squares[name] = squares[name] + g**2
+            rows = np.moveaxis(g, 1, 0).reshape(g.shape[1], -1)
+            products[name] = products[name] + rows @ rows.T / len(g)
 
     got = measure_influence(model, [(name, 1) for name in "abch"], {"x": x}, draws=2000)
     assert set(got) == set("abch")
     for name, expected in squares.items():
-        influence = got[name]
-        assert influence.positions is not None
-        assert influence.positions.shape == (5, *np.shape(expected)[2:])
+        found_influence = got[name]
+        assert found_influence.positions is not None
+        assert found_influence.positions.shape == (5, *np.shape(expected)[2:])
         # The expectation over random signs, from 2000 draws: 3 % off in the mean of squares of normal numbers.
         np.testing.assert_allclose(
-            influence.channels, np.mean(np.sum(expected, axis=tuple(range(2, expected.ndim))), axis=0), rtol=0.12
+            found_influence.channels, np.mean(np.sum(expected, axis=tuple(range(2, expected.ndim))), axis=0), rtol=0.12
         )
         np.testing.assert_allclose(
-            influence.positions, np.sum(expected, axis=1), rtol=0.3, atol=0.05 * float(np.max(np.sum(expected, axis=1)))
+            found_influence.positions, np.sum(expected, axis=1), rtol=0.3, atol=0.05 * float(np.max(np.sum(expected, axis=1)))
         )
+        assert found_influence.metric is not None
+        np.testing.assert_allclose(
+            found_influence.metric, products[name], rtol=0.12, atol=0.05 * float(np.max(products[name]))
+        )
+        np.testing.assert_array_equal(np.diag(found_influence.metric), found_influence.channels)
 
 
 def test_a_layer_before_an_unknown_operator_has_no_known_influence() -> None:
@@ -89,7 +100,29 @@ def test_a_layer_before_an_unknown_operator_has_no_known_influence() -> None:
     got = measure_influence(model, [("a", 1), ("h", 1), ("y", 1)], {"x": x})
     assert list(got) == ["y"]
     assert isinstance(got["y"], Influence)
+    # Signs without their mean: 5/6 on average, from 3 samples; what all logits share counts nothing.
+    assert 0.3 < got["y"].channels.mean() < 1
+    assert got["y"].metric is not None
+    np.testing.assert_allclose(got["y"].metric.sum(axis=0), 0, atol=1e-6)
+
+
+def test_signs_are_whole_where_no_softmax_follows() -> None:
+    model, _ = network(TEXT.replace("z = Softmax (y)", "z = Identity (y)"))
+    got = measure_influence(model, [("y", 1)], {"x": np.ones((3, 3, 11, 10), np.float32)})
     np.testing.assert_allclose(got["y"].channels, 1.0)
+
+
+def test_of_very_many_channels_only_the_squares_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = network()
+    x = np.random.default_rng(2).standard_normal((9, 3, 11, 10)).astype(np.float32)
+    layers = [("a", 1), ("h", 1)]
+    both = measure_influence(model, layers, {"x": x})
+    monkeypatch.setattr(influence, "_MOST_CHANNELS", 6)  # a has 6, h 12
+    got = measure_influence(model, layers, {"x": x})
+    assert got["a"].metric is not None
+    assert got["h"].metric is None
+    for name in got:
+        np.testing.assert_allclose(got[name].channels, both[name].channels, rtol=1e-5)
 
 
 def test_an_output_that_is_not_float32_has_none() -> None:

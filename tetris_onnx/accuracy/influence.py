@@ -7,8 +7,10 @@ that are independent of each other change the outputs ``z`` by
     E |z' - z|^2 = sum_i (sum_k (dz_k / dy_i)^2) e_i^2
 
 the diagonal of the Gauss-Newton matrix (Fisher's, for a network that gives log-probabilities). Its expectation over
-random signs r is ``(d(r z) / dy_i)^2``: one backward pass per draw instead of one per output. The backward pass is
-a part of the ONNX graph that runs it (`graph.backward`): no training framework is needed.
+random signs r is ``(d(r z) / dy_i)^2``: one backward pass per draw instead of one per output. Errors of one layer are
+not independent of each other, though: of the channels, the products of their gradients are measured in pairs, too (the
+output's factor of K-FAC, see `algorithms.coupling`). Of the inputs of a Softmax, only what it tells apart counts. The
+backward pass is a part of the ONNX graph that runs it (`graph.backward`): no training framework is needed.
 """
 
 from __future__ import annotations
@@ -27,15 +29,22 @@ from tetris_onnx.graph.tensors import in_files
 from tetris_onnx.session import SessionError, open_session, run
 
 _BATCH = 8
+_MOST_CHANNELS = 2048  # of a layer whose gradients are looked at in pairs of channels
 _MOST_BYTES = 10**9  # of a model: it is held several times
 
 
 @dataclass(frozen=True, eq=False)
 class Influence:
-    """Mean squares of a layer's gradients: per output channel [out], and per sample and position [samples, ...]."""
+    """Mean squares of a layer's gradients: per output channel [out], and per sample and position [samples, ...].
+
+    ``metric`` [out, out]: the mean products of the gradients of two channels; None where there are very many.
+    """
 
     channels: NDArray[np.float64]
     positions: NDArray[np.float32] | None  # None where they are not known
+    metric: NDArray[np.float64] | None = (
+        None  # the mean of ``g g^T`` [out, out] over the gradients; its diagonal: channels
+    )
 
 
 def measure_influence(
@@ -53,6 +62,7 @@ def measure_influence(
     try:
         backward = Backward(model)
         directions = [(f"direction {i}", *target) for i, target in enumerate(backward.targets())]
+        normalized = _normalized_axes(model)
     except UnknownDerivativeError:
         return {}
     for name, target, _ in directions:
@@ -61,10 +71,10 @@ def measure_influence(
     known = [(name, axis) for name, axis in layers if name in found]
     if not known:
         return {}
-    outputs = [_square_sums(backward, name, axis) for name, axis in known]
+    outputs = [(_products(backward, name, axis), _square_sums(backward, name, axis)) for name, axis in known]
     rng = np.random.default_rng(seed)
     total = count(samples, inputs)
-    channels: dict[str, NDArray[np.float64]] = {}
+    metrics: dict[str, NDArray[np.float64]] = {}
     positions: dict[str, NDArray[np.float32]] = {}
     try:
         given = [
@@ -74,20 +84,57 @@ def measure_influence(
         for part, feed in batches(samples, inputs, _BATCH):
             n = part.stop - part.start
             for _ in range(draws):
-                signs = {name: rng.choice(np.array([-1, 1], np.float32), (n, *shape)) for name, _, shape in directions}
+                signs = {
+                    name: _directions(rng, (n, *shape), normalized.get(target)) for name, target, shape in directions
+                }
                 values = iter(run(session, feed | signs, "the model"))
-                for (name, _), by_channel, by_position in zip(known, values, values, strict=False):
-                    channels[name] = channels.get(name, np.float64(0)) + by_channel.astype(np.float64) / (total * draws)
+                for (name, _), products, by_position in zip(known, values, values, strict=False):
+                    metrics[name] = metrics.get(name, np.float64(0)) + products.astype(np.float64) / (total * draws)
                     whole = positions.setdefault(name, np.zeros((total, *by_position.shape[1:]), np.float32))
                     whole[part] += by_position / draws
     except SessionError:
         return {}
-    return {name: Influence(channels[name], positions[name]) for name, _ in known}
+    return {name: _influence(metrics[name], positions[name]) for name, _ in known}
 
 
-def _square_sums(backward: Backward, value: str, axis: int) -> tuple[str, str]:
-    """Names of the sums of a value's squared gradients: [channels], and [samples, ...] without its channels."""
+def _normalized_axes(model: onnx.ModelProto) -> dict[str, int]:
+    """By the values that a Softmax or LogSoftmax reads, its axis."""
+    axes = {}
+    for node in model.graph.node:
+        if node.op_type in ("Softmax", "LogSoftmax") and node.domain in ("", "ai.onnx"):
+            axes[node.input[0]] = next((a.i for a in node.attribute if a.name == "axis"), -1)
+    return axes
+
+
+def _directions(rng: np.random.Generator, shape: tuple[int, ...], axis: int | None) -> NDArray[np.float32]:
+    """Random signs; without their mean along the ``axis`` that a Softmax normalizes: it does not see what all share."""
+    signs = rng.choice(np.array([-1, 1], np.float32), shape)
+    return signs if axis is None or shape[axis] < 2 else signs - signs.mean(axis=axis, keepdims=True)
+
+
+def _influence(products: NDArray[np.float64], positions: NDArray[np.float32]) -> Influence:
+    if products.ndim == 1:
+        return Influence(products, positions)
+    return Influence(np.diag(products).copy(), positions, products)
+
+
+def _products(backward: Backward, value: str, axis: int) -> str:
+    """Name of the products of a value's gradients, summed over all but its channels: [channels, channels].
+
+    Of very many channels their squares only, [channels].
+    """
+    gradient, rank = backward.gradient(value), len(backward.shape(value))
+    others = [a for a in range(rank) if a != axis]
+    channels = backward.shape(value)[axis]
+    if channels > _MOST_CHANNELS:
+        square = backward.node("Mul", [gradient] * 2)
+        return backward.node("ReduceSum", [square, backward.constant(np.array(others, np.int64))], keepdims=0)
+    first = backward.node("Transpose", [gradient], perm=[axis, *others])
+    rows = backward.node("Reshape", [first, backward.constant(np.array([channels, -1], np.int64))])
+    return backward.node("MatMul", [rows, backward.node("Transpose", [rows], perm=[1, 0])])
+
+
+def _square_sums(backward: Backward, value: str, axis: int) -> str:
+    """Name of the sums of a value's squared gradients over its channels: [samples, ...]."""
     square = backward.node("Mul", [backward.gradient(value)] * 2)
-    others = [a for a in range(len(backward.shape(value))) if a != axis]
-    by_channel = backward.node("ReduceSum", [square, backward.constant(np.array(others, np.int64))], keepdims=0)
-    return by_channel, backward.node("ReduceSum", [square, backward.constant(np.array([axis], np.int64))], keepdims=0)
+    return backward.node("ReduceSum", [square, backward.constant(np.array([axis], np.int64))], keepdims=0)

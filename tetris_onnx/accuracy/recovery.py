@@ -210,7 +210,8 @@ def _prune(
             if keep.all() and seen.few:
                 weight, bias = seen.rescale()
             else:
-                weight, bias = seen.refit(keep, bounds, choose_damping=True, workers=config.workers)
+                metric = None if influence is None else influence.metric
+                weight, bias = seen.refit(keep, bounds, choose_damping=True, workers=config.workers, metric=metric)
             kind = layer.weight.dtype
             new = NewWeights(weight.reshape(layer.weight_shape).astype(kind), bias.astype(kind))
             activations.replace(layer.name, layer.stored(new.weight), new.bias)

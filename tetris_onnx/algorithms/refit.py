@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
+from tetris_onnx.algorithms.coupling import Rows, can_couple, couple
 from tetris_onnx.algorithms.threads import run_threads
 
 # To choose blocks with. The weights are fitted with the best of several (see `LayerSamples.refit`).
@@ -37,6 +38,7 @@ _DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 _PARTS = 16  # of a large product
 _HELD_OUT = 4  # one in so many inputs of the network
 _CLIP_ITERATIONS = 4
+_COUPLINGS = 2  # between them, targets beyond what clips are renewed
 # Sets of rows with one support: small ones are fitted together, up to so many rows and bytes of factors, and of more
 # than so many sets some say for all which damping is best.
 _ROWS_TOGETHER = 32
@@ -201,6 +203,7 @@ class LayerSamples:
         bounds: tuple[float | NDArray, float | NDArray] = (-np.inf, np.inf),
         choose_damping: bool = False,
         workers: int | None = None,
+        metric: NDArray | None = None,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The best weights that are zero outside ``keep`` (both [out, features]), and the bias [out] with them.
 
@@ -211,21 +214,35 @@ class LayerSamples:
         ``choose_damping``: take, for each set of rows with one support, the damping whose weights fit held-out samples
         and their means over an input best; where there are many sets, the mean of some of them for all. One in four
         inputs of the network is held out: samples of one are alike.
+
+        ``metric`` [out, out]: what errors of outputs do together (see `coupling`). Without it, or with fewer samples
+        than features, each output is fitted by itself.
         """
         supports: dict[bytes, list[int]] = {}
         for row, mask in enumerate(keep):
             supports.setdefault(np.packbits(mask).tobytes(), []).append(row)
-        sets = [_Rows(np.array(rows), np.flatnonzero(keep[rows[0]])) for rows in supports.values()]
+        sets = [Rows(np.array(rows), np.flatnonzero(keep[rows[0]])) for rows in supports.values()]
         low, high = (np.broadcast_to(np.asarray(bound, self.y.dtype), self.y.shape) for bound in bounds)
         clipped = not (np.all(np.isneginf(bounds[0])) and np.all(np.isposinf(bounds[1])))
+        root = np.sqrt(self._share) if self._share is not None else np.ones((1, 1), self.y.dtype)
         chosen = choose_damping and self._held_out is not None
         if not self.few:
             _ = self.hessian, self._products, self._held_out_means if chosen else None  # once, for all threads
         dampings = self._best_dampings(sets, workers) if chosen else [self.damping] * len(sets)
         bundles = self._bundles(sets, dampings)
 
+        def targets(rows: NDArray, outputs: NDArray, mean: NDArray) -> tuple[NDArray, NDArray[np.float64]]:
+            """What to fit [n, rows] and its mean, where the weights give ``outputs`` less ``mean``: see ``bounds``."""
+            raw = self.y[:, rows] / root + self.mean_out[rows].astype(self.y.dtype)
+            least, most = low[:, rows], high[:, rows]
+            fitted = outputs + mean.astype(outputs.dtype)
+            target = np.where(raw <= least, np.minimum(fitted, least), raw)
+            target = np.where(raw >= most, np.maximum(fitted, most), target)
+            mean = self._mean(target)
+            return (target - mean.astype(target.dtype)) * root, mean
+
         def fit(
-            rows: NDArray[np.int64], bundle: Sequence[tuple[_Rows, float]]
+            rows: NDArray[np.int64], bundle: Sequence[tuple[Rows, float]]
         ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
             features = np.flatnonzero(keep[rows].any(axis=0))
             mean = self.mean_out[rows]
@@ -237,29 +254,38 @@ class LayerSamples:
             solve = self._solver(rows, bundle, features, u)
             weight = solve(None)
             if clipped and u is not None:
-                root = np.sqrt(self._share) if self._share is not None else np.ones((1, 1), self.y.dtype)
-                raw = self.y[:, rows] / root + mean.astype(self.y.dtype)
-                least, most = low[:, rows], high[:, rows]
-                below, above = raw <= least, raw >= most
                 for _ in range(_CLIP_ITERATIONS):
-                    fitted = u @ weight.T.astype(u.dtype) / root + mean.astype(u.dtype)
-                    target = np.where(below, np.minimum(fitted, least), raw)
-                    target = np.where(above, np.maximum(fitted, most), target)
-                    mean = self._mean(target)
-                    weight = solve((target - mean.astype(target.dtype)) * root)
+                    target, mean = targets(rows, u @ weight.T.astype(u.dtype) / root, mean)
+                    weight = solve(target)
             whole = np.zeros((rows.size, self.features))
             whole[:, features] = weight
-            return whole, mean - weight @ self.mean_in[features]
+            return whole, mean
 
-        weight, bias = np.zeros(keep.shape), np.empty(len(keep))
+        weight, mean = np.zeros(keep.shape), np.empty(len(keep))
         tasks = [(np.concatenate([part.rows for part, _ in bundle]), bundle) for bundle in bundles]
         for (rows, _), fitted in zip(tasks, run_threads(fit, tasks, workers), strict=True):
-            weight[rows], bias[rows] = fitted
-        return weight, bias
+            weight[rows], mean[rows] = fitted
+        if metric is not None and not self.few and can_couple(sets):
+            ridge = np.empty(len(keep))
+            for part, damping in zip(sets, dampings, strict=True):
+                ridge[part.rows] = damping
+            products = self._products
+            for _ in range(_COUPLINGS if clipped else 1):
+                if clipped:
+                    some = np.array_split(np.arange(len(keep)), _PARTS)
+                    found = run_threads(
+                        lambda rows, w: targets(rows, self.u @ w.T / root, mean[rows]),
+                        [(rows, weight[rows].astype(self.u.dtype)) for rows in some if rows.size],
+                        workers,
+                    )
+                    mean = np.concatenate([m for _, m in found])
+                    products = _inner(np.concatenate([t for t, _ in found], axis=1), self.u) / len(self.u)
+                weight = couple(weight, sets, (self._gram, products, self.weight, ridge), metric, workers)
+        return weight, mean - weight @ self.mean_in
 
-    def _bundles(self, sets: Sequence[_Rows], dampings: Sequence[float]) -> list[list[tuple[_Rows, float]]]:
+    def _bundles(self, sets: Sequence[Rows], dampings: Sequence[float]) -> list[list[tuple[Rows, float]]]:
         """The sets of rows that are fitted together, with the damping of each: one pass over the samples serves all."""
-        bundles: list[list[tuple[_Rows, float]]] = []
+        bundles: list[list[tuple[Rows, float]]] = []
         rows, size = _ROWS_TOGETHER, 0
         for part, damping in zip(sets, dampings, strict=True):
             factor = part.features.size**2 * np.dtype(np.float64).itemsize
@@ -286,7 +312,7 @@ class LayerSamples:
     def _solver(
         self,
         rows: NDArray[np.int64],
-        bundle: Sequence[tuple[_Rows, float]],
+        bundle: Sequence[tuple[Rows, float]],
         features: NDArray[np.int64],
         u: NDArray | None,
     ) -> Callable[[NDArray | None], NDArray[np.float64]]:
@@ -329,7 +355,7 @@ class LayerSamples:
 
         return solve_moments
 
-    def _best_dampings(self, sets: Sequence[_Rows], workers: int | None) -> list[float]:
+    def _best_dampings(self, sets: Sequence[Rows], workers: int | None) -> list[float]:
         """For each set of rows the damping that fits the held-out samples best; of many sets the mean of some's."""
         some = np.unique(np.linspace(0, len(sets) - 1, _CHOOSING).round().astype(np.int64))
         best = run_threads(self._best_damping, [(sets[i].rows, sets[i].features) for i in some], workers)
@@ -387,14 +413,6 @@ class LayerSamples:
         inner = (u @ u.T).astype(np.float64)
         inner[np.diag_indices_from(inner)] += len(u) * damping
         return cholesky(inner)
-
-
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """Rows of a weight that keep the same features."""
-
-    rows: NDArray[np.int64]
-    features: NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
