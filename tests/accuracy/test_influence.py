@@ -85,7 +85,10 @@ def test_squared_gradients_are_those_of_pytorch() -> None:
             found_influence.channels, np.mean(np.sum(expected, axis=tuple(range(2, expected.ndim))), axis=0), rtol=0.12
         )
         np.testing.assert_allclose(
-            found_influence.positions, np.sum(expected, axis=1), rtol=0.3, atol=0.05 * float(np.max(np.sum(expected, axis=1)))
+            found_influence.positions,
+            np.sum(expected, axis=1),
+            rtol=0.3,
+            atol=0.05 * float(np.max(np.sum(expected, axis=1))),
         )
         assert found_influence.metric is not None
         np.testing.assert_allclose(

@@ -18,6 +18,7 @@ from tetris_onnx import Config, optimize, planner
 from tetris_onnx.accuracy import recovery
 from tetris_onnx.accuracy.activations import Activations, Seen
 from tetris_onnx.accuracy.recovery import Recovery, layer_samples, output_worth, patches, recover
+from tetris_onnx.algorithms import refit
 from tetris_onnx.config import ConfigError, LayerRule
 from tetris_onnx.data.calibration import CalibrationError, Data
 from tetris_onnx.graph import io
@@ -366,3 +367,60 @@ def test_positions_of_copies_count_the_same_and_those_of_originals_by_their_infl
     np.testing.assert_allclose(share[1::2], 1, rtol=1e-5)
     wanted = 0.2 + 0.8 * influence / influence.mean()
     np.testing.assert_allclose(share[::2], wanted.reshape(2, 66), rtol=1e-4)
+
+
+def classifier() -> onnx.ModelProto:
+    """Two convolutions and three logits: few of the directions that 32 channels can err in change those."""
+    rng = np.random.default_rng(0)
+    model = onnx.parser.parse_model("""
+<ir_version: 8, opset_import: ["" : 17]>
+net (float[N, 3, 12, 12] x) => (float[N, 3] z)
+{
+  a = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (x, wa)
+  ar = Relu (a)
+  b = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (ar, wb)
+  br = Relu (b)
+  pooled = GlobalAveragePool (br)
+  flat = Flatten (pooled)
+  y = Gemm (flat, wy)
+  z = Softmax (y)
+}
+""")
+    for name, shape in {"wa": (32, 3, 3, 3), "wb": (32, 32, 3, 3), "wy": (32, 3)}.items():
+        model.graph.initializer.append(
+            numpy_helper.from_array((rng.standard_normal(shape) / 8).astype(np.float32), name)
+        )
+    return model
+
+
+def test_outputs_are_fitted_together_by_what_they_do_to_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = classifier()
+    config = Config(block_size=(8, 8), layers=(LayerRule("b", sparsity=0.5), LayerRule("*", sparsity=0.0)), sweeps=1)
+    graph = prepare(io.to_graph(model))
+    proto, candidates = io.to_proto(graph, model), survey(graph, config)
+    samples, unseen = {"x": inputs(128, seed=1)}, inputs(64, seed=3)
+    plan = recover(graph, candidates, proto, config, samples).plan
+    coupled: list[tuple[int, ...]] = []
+    couple = refit.couple
+
+    def noted(weight: NDArray, *arguments: Any) -> NDArray:
+        coupled.append(weight.shape)
+        return couple(weight, *arguments)
+
+    def logit_error() -> float:
+        weights = recover(graph, candidates, proto, config, samples, plan).weights
+        logits = [np.log(run(m, unseen)) for m in (model, masked_dense(model, plan, weights))]
+        dense, pruned = (value - value.mean(axis=1, keepdims=True) for value in logits)
+        return float(((pruned - dense) ** 2).mean() / dense.var())
+
+    monkeypatch.setattr(refit, "couple", noted)
+    together = logit_error()
+    assert set(coupled) == {(32, 288)}  # the pruned layer, and no other
+    measure = recovery.measure_influence
+    monkeypatch.setattr(
+        recovery, "measure_influence", lambda *a: {k: replace(v, metric=None) for k, v in measure(*a).items()}
+    )
+    coupled.clear()
+    alone = logit_error()
+    assert not coupled
+    assert together < 0.8 * alone, (together, alone)

@@ -126,7 +126,7 @@ def _products(backward: Backward, value: str, axis: int) -> str:
     gradient, rank = backward.gradient(value), len(backward.shape(value))
     others = [a for a in range(rank) if a != axis]
     channels = backward.shape(value)[axis]
-    if channels > _MOST_CHANNELS:
+    if channels is None or channels > _MOST_CHANNELS:
         square = backward.node("Mul", [gradient] * 2)
         return backward.node("ReduceSum", [square, backward.constant(np.array(others, np.int64))], keepdims=0)
     first = backward.node("Transpose", [gradient], perm=[axis, *others])

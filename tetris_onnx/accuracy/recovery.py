@@ -210,7 +210,8 @@ def _prune(
             if keep.all() and seen.few:
                 weight, bias = seen.rescale()
             else:
-                metric = None if influence is None else influence.metric
+                # (Of a layer that keeps all weights, each output has its best weights by itself.)
+                metric = None if influence is None or keep.all() else influence.metric
                 weight, bias = seen.refit(keep, bounds, choose_damping=True, workers=config.workers, metric=metric)
             kind = layer.weight.dtype
             new = NewWeights(weight.reshape(layer.weight_shape).astype(kind), bias.astype(kind))

@@ -274,8 +274,8 @@ class LayerSamples:
                 if clipped:
                     some = np.array_split(np.arange(len(keep)), _PARTS)
                     found = run_threads(
-                        lambda rows, w: targets(rows, self.u @ w.T / root, mean[rows]),
-                        [(rows, weight[rows].astype(self.u.dtype)) for rows in some if rows.size],
+                        lambda rows, weight, mean: targets(rows, self.u @ weight.T / root, mean),
+                        [(rows, weight[rows].astype(self.u.dtype), mean[rows]) for rows in some if rows.size],
                         workers,
                     )
                     mean = np.concatenate([m for _, m in found])
