@@ -127,5 +127,5 @@ def test_features_that_never_change_and_few_samples_do_no_harm() -> None:
 
 def test_supports_whose_inverses_take_too_much_memory_are_told() -> None:
     rows, features = np.arange(1), np.arange(2048)
-    assert can_couple([Rows(rows, features)] * 32)
-    assert not can_couple([Rows(rows, features)] * 33)
+    assert can_couple([Rows(rows, features)] * 64)
+    assert not can_couple([Rows(rows, features)] * 65)

@@ -24,7 +24,7 @@ from tetris_onnx.algorithms.threads import run_threads
 _EVEN = 0.1
 _MOST_STEPS = 12
 _CLOSE = 1e-3  # of the squared residual at the start, in the preconditioner's norm
-_MOST_BYTES = 2**29  # of inverses, one for each support
+_MOST_BYTES = 2**30  # of inverses, one for each support
 _PARTS = 16  # of a large product
 
 
