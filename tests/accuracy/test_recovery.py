@@ -18,7 +18,7 @@ from tetris_onnx import Config, optimize, planner
 from tetris_onnx.accuracy import recovery
 from tetris_onnx.accuracy.activations import Activations, Seen
 from tetris_onnx.accuracy.recovery import Recovery, layer_samples, output_worth, patches, recover
-from tetris_onnx.algorithms import refit
+from tetris_onnx.algorithms.coupling import Coupling
 from tetris_onnx.config import ConfigError, LayerRule
 from tetris_onnx.data.calibration import CalibrationError, Data
 from tetris_onnx.graph import io
@@ -401,11 +401,11 @@ def test_outputs_are_fitted_together_by_what_they_do_to_the_logits(monkeypatch: 
     samples, unseen = {"x": inputs(128, seed=1)}, inputs(64, seed=3)
     plan = recover(graph, candidates, proto, config, samples).plan
     coupled: list[tuple[int, ...]] = []
-    couple = refit.couple
+    fit = Coupling.fit
 
-    def noted(weight: NDArray, *arguments: Any) -> NDArray:
+    def noted(self: Coupling, weight: NDArray, products: NDArray) -> NDArray:
         coupled.append(weight.shape)
-        return couple(weight, *arguments)
+        return fit(self, weight, products)
 
     def logit_error() -> float:
         weights = recover(graph, candidates, proto, config, samples, plan).weights
@@ -413,7 +413,7 @@ def test_outputs_are_fitted_together_by_what_they_do_to_the_logits(monkeypatch: 
         dense, pruned = (value - value.mean(axis=1, keepdims=True) for value in logits)
         return float(((pruned - dense) ** 2).mean() / dense.var())
 
-    monkeypatch.setattr(refit, "couple", noted)
+    monkeypatch.setattr(Coupling, "fit", noted)
     together = logit_error()
     assert set(coupled) == {(32, 288)}  # the pruned layer, and no other
     measure = recovery.measure_influence

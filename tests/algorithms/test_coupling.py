@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tetris_onnx.algorithms import coupling
-from tetris_onnx.algorithms.coupling import Rows, can_couple, couple
+from tetris_onnx.algorithms.coupling import Coupling, Rows, can_couple
 from tetris_onnx.algorithms.refit import LayerSamples
 
 OUT, FEATURES = 7, 12
@@ -62,7 +62,7 @@ def test_it_solves_the_normal_equations_of_all_rows_together(monkeypatch: pytest
         damping[part.rows] = damping[part.rows].mean()
     start = np.where(keep, towards, 0)
 
-    found = couple(start, sets, (gram, products, towards, damping), metric())
+    found = Coupling(sets, gram, towards, damping, metric()).fit(start, products)
 
     whole = (1 - coupling._EVEN) / (np.trace(metric()) / OUT) * metric() + coupling._EVEN * np.eye(OUT)
     expected = written_out(gram.astype(np.float64), products, towards, damping, whole, keep)
@@ -111,7 +111,7 @@ def test_a_metric_that_says_nothing_changes_nothing(value: float) -> None:
     keep, _ = supports()
     samples = LayerSamples(u, y, weight)
     fitted, bias = samples.refit(keep, metric=np.full((OUT, OUT), value))
-    np.testing.assert_array_equal(fitted, samples.refit(keep)[0])
+    np.testing.assert_allclose(fitted, samples.refit(keep)[0], atol=1e-4)
     assert np.isfinite(bias).all()
 
 
@@ -123,6 +123,14 @@ def test_features_that_never_change_and_few_samples_do_no_harm() -> None:
     assert np.isfinite(fitted).all() and np.isfinite(bias).all()
     few = LayerSamples(u[:5], y[:5], weight)
     np.testing.assert_array_equal(few.refit(keep, metric=metric())[0], few.refit(keep)[0])
+
+
+def test_a_damping_below_the_rounding_of_the_features_does_no_harm() -> None:
+    gram = np.ones((2, 2), np.float32)  # with 1e-9 on its diagonal, in single precision it is singular still
+    sets = [Rows(np.arange(3), np.arange(2))]
+    towards, products = np.zeros((3, 2)), np.ones((3, 2))
+    found = Coupling(sets, gram, towards, np.full(3, 1e-9), np.eye(3)).fit(towards, products)
+    np.testing.assert_allclose(found @ gram, products, rtol=1e-3)
 
 
 def test_supports_whose_inverses_take_too_much_memory_are_told() -> None:

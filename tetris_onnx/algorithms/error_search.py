@@ -25,6 +25,7 @@ from tetris_onnx.algorithms.permutation import Permutation
 from tetris_onnx.algorithms.refit import LayerSamples
 from tetris_onnx.algorithms.reorder import transport
 from tetris_onnx.algorithms.threads import run_threads
+from tetris_onnx.algorithms.triangular import inverse_of_lower
 
 _MAX_ITERATIONS = 3
 _MANY = 32  # of so many blocks, one at a time is dropped; of more, as large a share
@@ -32,7 +33,6 @@ _MANY = 32  # of so many blocks, one at a time is dropped; of more, as large a s
 # poor local optima (ResNet-20: up to 6 % of a layer's error). Block rows times cubed features, see _prune.
 _MOST_SHAKES = 8
 _SHAKING_WORK = 10**10
-_SMALL = 64  # triangular matrices are inverted at once
 _LEAST_GAIN = 0.03  # share of the error that an iteration has to save for another one to follow
 
 
@@ -134,7 +134,7 @@ def eliminate_blocks(
         held = done * size
         columns = inverse[live[slots]][:, :, live].reshape(gone.size, n * size)
         columns -= v[:held, gone].T @ v[:held, : n * size]
-        whiten = _inverse(np.linalg.cholesky(columns[:, gone]))
+        whiten = inverse_of_lower(np.linalg.cholesky(columns[:, gone]))
         added = np.matmul(whiten, columns, out=v[held : held + gone.size, : n * size])
         z = whiten @ w[:, gone].T
         order.append(live[slots])
@@ -295,7 +295,7 @@ def _explained(samples: LayerSamples, s: NDArray[np.int64]) -> NDArray[np.float6
 
 def _whiten(samples: LayerSamples, s: NDArray[np.int64]) -> NDArray:
     """The inverse of L, for ``H_ss = L L^T``. In single precision: what it serves is a choice between blocks."""
-    return _inverse(np.linalg.cholesky(samples.hessian[np.ix_(s, s)].astype(np.float32)))
+    return inverse_of_lower(np.linalg.cholesky(samples.hessian[np.ix_(s, s)].astype(np.float32)))
 
 
 def _assign_inputs(samples: LayerSamples, pruned: Pruned, block: tuple[int, int], workers: int | None) -> Permutation:
@@ -338,19 +338,6 @@ def _channel_worth(
         left = samples.hessian[np.ix_(rest[part], rest[part])] - lifted[:, part].T @ lifted[:, part]
         worth[rest[start] // taps] = _quadratic(residual[:, part], left)
     return worth
-
-
-def _inverse(factor: NDArray) -> NDArray:
-    """The inverse of a lower triangular matrix, by halves: in products, which let other threads run meanwhile."""
-    n = len(factor)
-    if n <= _SMALL:
-        return np.tril(np.linalg.inv(factor))
-    half = n // 2
-    inverse = np.zeros_like(factor)
-    first, second = _inverse(factor[:half, :half]), _inverse(factor[half:, half:])
-    inverse[:half, :half], inverse[half:, half:] = first, second
-    inverse[half:, :half] = -(second @ factor[half:, :half]) @ first
-    return inverse
 
 
 def _quadratic(vectors: NDArray, matrix: NDArray) -> float:

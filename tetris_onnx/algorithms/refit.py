@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 
-from tetris_onnx.algorithms.coupling import Rows, can_couple, couple
+from tetris_onnx.algorithms.coupling import Coupling, Rows, can_couple
 from tetris_onnx.algorithms.threads import run_threads
 
 # To choose blocks with. The weights are fitted with the best of several (see `LayerSamples.refit`).
@@ -37,8 +37,8 @@ DAMPING = 0.1
 _DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 _PARTS = 16  # of a large product
 _HELD_OUT = 4  # one in so many inputs of the network
-_CLIP_ITERATIONS = 4
-_COUPLINGS = 2  # between them, targets beyond what clips are renewed
+_CLIP_ITERATIONS = 4  # in which targets beyond what clips are renewed
+_COUPLINGS = 2  # so many of them with all outputs together
 # Sets of rows with one support: small ones are fitted together, up to so many rows and bytes of factors, and of more
 # than so many sets some say for all which damping is best.
 _ROWS_TOGETHER = 32
@@ -230,6 +230,7 @@ class LayerSamples:
             _ = self.hessian, self._products, self._held_out_means if chosen else None  # once, for all threads
         dampings = self._best_dampings(sets, workers) if chosen else [self.damping] * len(sets)
         bundles = self._bundles(sets, dampings)
+        coupled = metric is not None and not self.few and can_couple(sets)
 
         def targets(rows: NDArray, outputs: NDArray, mean: NDArray) -> tuple[NDArray, NDArray[np.float64]]:
             """What to fit [n, rows] and its mean, where the weights give ``outputs`` less ``mean``: see ``bounds``."""
@@ -254,7 +255,7 @@ class LayerSamples:
             solve = self._solver(rows, bundle, features, u)
             weight = solve(None)
             if clipped and u is not None:
-                for _ in range(_CLIP_ITERATIONS):
+                for _ in range(_CLIP_ITERATIONS - (_COUPLINGS if coupled else 0)):
                     target, mean = targets(rows, u @ weight.T.astype(u.dtype) / root, mean)
                     weight = solve(target)
             whole = np.zeros((rows.size, self.features))
@@ -265,10 +266,11 @@ class LayerSamples:
         tasks = [(np.concatenate([part.rows for part, _ in bundle]), bundle) for bundle in bundles]
         for (rows, _), fitted in zip(tasks, run_threads(fit, tasks, workers), strict=True):
             weight[rows], mean[rows] = fitted
-        if metric is not None and not self.few and can_couple(sets):
+        if metric is not None and coupled:
             ridge = np.empty(len(keep))
             for part, damping in zip(sets, dampings, strict=True):
                 ridge[part.rows] = damping
+            coupling = Coupling(sets, self._gram, self.weight, ridge, metric, workers)
             products = self._products
             for _ in range(_COUPLINGS if clipped else 1):
                 if clipped:
@@ -280,7 +282,7 @@ class LayerSamples:
                     )
                     mean = np.concatenate([m for _, m in found])
                     products = _inner(np.concatenate([t for t, _ in found], axis=1), self.u) / len(self.u)
-                weight = couple(weight, sets, (self._gram, products, self.weight, ridge), metric, workers)
+                weight = coupling.fit(weight, products)
         return weight, mean - weight @ self.mean_in
 
     def _bundles(self, sets: Sequence[Rows], dampings: Sequence[float]) -> list[list[tuple[Rows, float]]]:
