@@ -70,14 +70,18 @@ class Coupling:
         for part in sets:
             self._keep[np.ix_(part.rows, part.features)] = True
 
+        def inverse(part: Rows, kind: type[np.floating]) -> NDArray[np.float32]:
+            hessian = gram[np.ix_(part.features, part.features)].astype(kind)
+            hessian[np.diag_indices_from(hessian)] += kind(damping[part.rows].mean())
+            factor = inverse_of_lower(np.linalg.cholesky(hessian)).astype(np.float32)
+            return factor.T @ factor
+
         def inverses(part: Rows) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-            hessian = gram[np.ix_(part.features, part.features)].copy()
-            hessian[np.diag_indices_from(hessian)] += damping[part.rows].mean()
+            by_rows = np.linalg.inv(metric[np.ix_(part.rows, part.rows)]).astype(np.float32)
             try:
-                factor = inverse_of_lower(np.linalg.cholesky(hessian))
-            except np.linalg.LinAlgError:  # a damping below the rounding
-                factor = inverse_of_lower(np.linalg.cholesky(hessian.astype(np.float64))).astype(np.float32)
-            return np.linalg.inv(metric[np.ix_(part.rows, part.rows)]).astype(np.float32), factor.T @ factor
+                return by_rows, inverse(part, np.float32)
+            except np.linalg.LinAlgError:  # the damping is below the rounding
+                return by_rows, inverse(part, np.float64)
 
         self._inverses = run_threads(inverses, [(part,) for part in sets], workers)
 
