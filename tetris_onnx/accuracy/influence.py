@@ -37,14 +37,13 @@ _MOST_BYTES = 10**9  # of a model: it is held several times
 class Influence:
     """Mean squares of a layer's gradients: per output channel [out], and per sample and position [samples, ...].
 
-    ``metric`` [out, out]: the mean products of the gradients of two channels; None where there are very many.
+    ``metric`` [out, out]: the mean products of the gradients of two channels, with ``channels`` on its diagonal; None
+    where there are very many.
     """
 
     channels: NDArray[np.float64]
     positions: NDArray[np.float32] | None  # None where they are not known
-    metric: NDArray[np.float64] | None = (
-        None  # the mean of ``g g^T`` [out, out] over the gradients; its diagonal: channels
-    )
+    metric: NDArray[np.float64] | None = None
 
 
 def measure_influence(

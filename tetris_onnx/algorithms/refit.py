@@ -232,15 +232,20 @@ class LayerSamples:
         bundles = self._bundles(sets, dampings)
         coupled = metric is not None and not self.few and can_couple(sets)
 
-        def targets(rows: NDArray, outputs: NDArray, mean: NDArray) -> tuple[NDArray, NDArray[np.float64]]:
-            """What to fit [n, rows] and its mean, where the weights give ``outputs`` less ``mean``: see ``bounds``."""
+        def targets(rows: NDArray[np.int64]) -> Callable[[NDArray, NDArray], tuple[NDArray, NDArray[np.float64]]]:
+            """What makes targets [n, rows] and their mean from the outputs of weights, less their mean: ``bounds``."""
             raw = self.y[:, rows] / root + self.mean_out[rows].astype(self.y.dtype)
             least, most = low[:, rows], high[:, rows]
-            fitted = outputs + mean.astype(outputs.dtype)
-            target = np.where(raw <= least, np.minimum(fitted, least), raw)
-            target = np.where(raw >= most, np.maximum(fitted, most), target)
-            mean = self._mean(target)
-            return (target - mean.astype(target.dtype)) * root, mean
+            below, above = raw <= least, raw >= most
+
+            def renew(outputs: NDArray, mean: NDArray) -> tuple[NDArray, NDArray[np.float64]]:
+                fitted = outputs + mean.astype(outputs.dtype)
+                target = np.where(below, np.minimum(fitted, least), raw)
+                target = np.where(above, np.maximum(fitted, most), target)
+                mean = self._mean(target)
+                return (target - mean.astype(target.dtype)) * root, mean
+
+            return renew
 
         def fit(
             rows: NDArray[np.int64], bundle: Sequence[tuple[Rows, float]]
@@ -255,8 +260,9 @@ class LayerSamples:
             solve = self._solver(rows, bundle, features, u)
             weight = solve(None)
             if clipped and u is not None:
+                renew = targets(rows)
                 for _ in range(_CLIP_ITERATIONS - (_COUPLINGS if coupled else 0)):
-                    target, mean = targets(rows, u @ weight.T.astype(u.dtype) / root, mean)
+                    target, mean = renew(u @ weight.T.astype(u.dtype) / root, mean)
                     weight = solve(target)
             whole = np.zeros((rows.size, self.features))
             whole[:, features] = weight
@@ -272,12 +278,16 @@ class LayerSamples:
                 ridge[part.rows] = damping
             coupling = Coupling(sets, self._gram, self.weight, ridge, metric, workers)
             products = self._products
+            some = [rows for rows in np.array_split(np.arange(len(keep)), _PARTS) if rows.size and clipped]
+            renewed = run_threads(targets, [(rows,) for rows in some], workers)
             for _ in range(_COUPLINGS if clipped else 1):
                 if clipped:
-                    some = np.array_split(np.arange(len(keep)), _PARTS)
                     found = run_threads(
-                        lambda rows, weight, mean: targets(rows, self.u @ weight.T / root, mean),
-                        [(rows, weight[rows].astype(self.u.dtype), mean[rows]) for rows in some if rows.size],
+                        lambda renew, weight, mean: renew(self.u @ weight.T / root, mean),
+                        [
+                            (renew, weight[rows].astype(self.u.dtype), mean[rows])
+                            for rows, renew in zip(some, renewed, strict=True)
+                        ],
                         workers,
                     )
                     mean = np.concatenate([m for _, m in found])
