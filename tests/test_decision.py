@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +53,13 @@ def test_bisection_ends_at_the_sparsest_plan_that_is_good_enough(allowed: float)
     found = problem().sparsest(CONFIG, 1.0, lambda d: 0.5 if density(d) >= allowed else 7.0)
     assert allowed <= density(found) < allowed + 0.06  # the last step (1/64), and a block (1/24)
     assert "loses 0.5 points of accuracy, at most 1 were allowed (tried 0.500: " in found.notes[0]
+
+
+def test_copies_that_were_asked_for_and_cannot_be_made_are_told() -> None:
+    data = labeled(8)  # maps of 16 channels: no images
+    notes = problem(data).decide(replace(CONFIG, augment=1)).notes
+    assert notes == ("no varied copies: no input is an image (four axes, one to four channels, floats)",)
+    assert problem(data).decide(CONFIG).notes == ()
 
 
 def test_sensitivities_are_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:

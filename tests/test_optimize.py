@@ -14,6 +14,7 @@ import pytest
 
 from models import Net, block_sparse_nodes, op_counts, random_feed, relative_error, run
 from tetris_onnx import runtime
+from tetris_onnx.accuracy import verification
 from tetris_onnx.accuracy.verification import VerificationError, verify
 from tetris_onnx.config import Config, LayerRule
 from tetris_onnx.data.calibration import CalibrationError, Data
@@ -164,6 +165,35 @@ def test_samples_may_be_arrays() -> None:
         optimize(network(), config, calibration=x, max_drop=1.0, labeled={"x": x, "label": np.arange(3)})
     result = optimize(network(), config, calibration=x)
     assert len(result.plan) and result.report.importance == "hessian"
+
+
+def open_network() -> onnx.ModelProto:
+    """Of any size from 6 x 6 on; a Reshape of 48 x 32 = 1,536 positions to rows of 96 takes no usual one."""
+    net = Net()
+    a = net.op("Relu", net.conv(net.input("x", ["N", 3, "H", "W"]), (3, 32)))
+    a = net.conv(a, (32, 32))
+    net.output(net.op("Reshape", a, net.constant([0, 32, 16, 96])), shape=["N", 32, 16, 96])
+    return net.build()
+
+
+def test_open_sizes_are_those_given_or_those_of_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, macs = open_network(), [27 * 32 * 1536, 9 * 32 * 32 * 1536]
+    runs: list[object] = []
+    real = verification.compare
+    monkeypatch.setattr(verification, "compare", lambda *a, **k: runs.append(k.get("shapes")) or real(*a, **k))
+    for options in ({"shapes": {"x": (1, 3, 48, 32)}}, {"calibration": {"x": np.ones((4, 3, 48, 32), np.float32)}}):
+        runs.clear()
+        result = optimize(model, CONFIG, **options)  # type: ignore[arg-type]
+        assert [row.macs for row in result.report.layers] == macs
+        assert runs[-1] == {"x": (1, 3, 48, 32)}, "verified on random inputs of this shape"
+        assert not any("size of 224" in note for note in result.report.notes)
+        dims = result.model.graph.input[0].type.tensor_type.shape.dim
+        assert [d.dim_param or d.dim_value for d in dims] == ["N", 3, "H", "W"], "the result takes other sizes, too"
+    with pytest.raises(CalibrationError, match="give a data file, or the shape"):
+        optimize(model, CONFIG)
+    with pytest.raises(CalibrationError, match=r"given for 'x' is 1x3x48x32, but its samples are 1x3x32x48"):
+        wide = {"x": np.ones((4, 3, 32, 48), np.float32)}
+        optimize(model, CONFIG, calibration=wide, shapes={"x": (1, 3, 48, 32)})
 
 
 @pytest.mark.parametrize("model", [b"bytes", None, 3])

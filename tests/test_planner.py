@@ -11,16 +11,18 @@ import onnx
 import pytest
 from onnx import TensorProto
 
+import tetris_onnx
 from models import Net, check_rewrite, rewrite, weights_of
 from tetris_onnx import planner
 from tetris_onnx.algorithms.permutation import is_identity
 from tetris_onnx.algorithms.reorder import Reordering
 from tetris_onnx.config import Config, LayerRule
+from tetris_onnx.data.calibration import CalibrationError
 from tetris_onnx.graph import io
 from tetris_onnx.graph.channels import gather_permutation
 from tetris_onnx.graph.layers import find_layers
 from tetris_onnx.plan import LayerPlan, Plan, PlanError
-from tetris_onnx.planner import inspect, layer_shapes, make_plan, match_plan, prepare, survey
+from tetris_onnx.planner import inspect, layer_shapes, make_plan, match_plan, prepare, set_sizes, survey
 from tetris_onnx.reports.report import LayerReport
 from tetris_onnx.timing.cost import AVX512, LayerShape, predict, predict_dense
 
@@ -209,6 +211,49 @@ def test_open_sizes_are_taken_as_usual_ones() -> None:
     assert second is not None and second.samples == 1 and second.output_size == (112, 112)
     row = inspect(net.build())[1]
     assert row.macs is None and row.predicted_ms is not None and row.predicted_ms[0] > row.predicted_ms[1]
+
+
+def test_open_sizes_may_be_given() -> None:
+    net = Net()
+    a = net.op("Relu", net.conv(net.input("x", ["N", 32, "H", "W"]), (32, 64), strides=[2, 2]))
+    net.output(net.conv(a, (64, 64)))
+    first, second = inspect(net.build(), shapes={"x": (1, 32, 64, 96)})
+    assert (first.macs, second.macs) == (32 * 64 * 9 * 32 * 48, 64 * 64 * 9 * 32 * 48)
+    usual = inspect(net.build())[1].predicted_ms
+    assert usual is not None and second.predicted_ms is not None and second.predicted_ms[0] < usual[0] / 4
+    with pytest.raises(CalibrationError, match="shape 1x3x64x96 does not fit"):
+        inspect(net.build(), shapes={"x": (1, 3, 64, 96)})
+
+
+def test_given_sizes_leave_the_batch_open() -> None:
+    """A size that depends on the batch, too, as of rows [batch x positions], stays open."""
+    net = Net()
+    a = net.conv(net.input("x", ["N", 3, "H", "W"]), (3, 8), strides=[2, 2])
+    rows = net.op("Reshape", net.op("Transpose", a, perm=[0, 2, 3, 1]), net.constant([1, -1, 8]))
+    net.output(a)
+    net.output(rows)
+    graph = prepare(io.to_graph(net.build()))
+    set_sizes(graph, {"x": (1, 3, 9, 12)})
+    shapes = {name: tensor.shape for name, tensor in graph.tensors().items()}
+    assert shapes["x"] == ["N", 3, 9, 12]
+    assert shapes[a] == ["N", 8, 5, 6]
+    assert [d if isinstance(d, int) else "?" for d in shapes[rows]] == [1, "?", 8]
+
+
+def test_what_a_layer_is_dense_for_stays_open_where_sizes_are_given() -> None:
+    """The plan must not prune what the rewrite, which is for any size, leaves dense."""
+    net = Net()
+    x = net.input("x", ["N", 32, "H", "W"])
+    padded = net.conv(x, (32, 32), strides=[2, 2], auto_pad="SAME_UPPER")  # how much depends on the size
+    size = net.op("Slice", net.op("Shape", padded), net.constant([2]), net.constant([3]))
+    shape = net.op("Concat", net.op("Mul", size, net.constant([0])), net.constant([-1, 32]), axis=0)
+    net.output(net.matmul(net.op("Reshape", padded, shape), (32, 32)))
+    open_rows = inspect(net.build())
+    rows = inspect(net.build(), shapes={"x": (1, 32, 16, 24)})
+    assert [row.reason for row in rows] == [row.reason for row in open_rows]
+    assert rows[0].status == "dense" and "size" in rows[0].reason and rows[0].macs == 32 * 32 * 9 * 8 * 12
+    result = tetris_onnx.optimize(net.build(), Config(block_size=(16, 16)), shapes={"x": (1, 32, 16, 24)})
+    assert [row.reason for row in result.report.layers if row.status == "dense"] == [rows[0].reason]
 
 
 def test_a_product_of_two_open_sizes_is_no_layer() -> None:

@@ -70,7 +70,7 @@ def made_up_times(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Timing takes no time; a smaller file is faster. Returns the files that were timed."""
     timed: list[Path] = []
 
-    def bench(a: Path, b: Path, threads: int, batch: int, seconds: float, data: object) -> BenchResult:
+    def bench(a: Path, b: Path, threads: int, batch: int, seconds: float, data: object, shapes: object) -> BenchResult:
         timed.append(b)
         sparse = float(b.stat().st_size)
         timings = (ModelTiming(str(a), 1e5, 1e5, 1), ModelTiming(str(b), sparse, sparse, 1))
@@ -214,6 +214,7 @@ def test_a_folder_belongs_to_one_model_and_its_options(
         ({"config": replace(QUICK, threads=2)}, r"another value of threads \(1 there, 2 here\)"),
         ({"data": replace(data, labels=None)}, "with other data;"),
         ({"calibration": data}, "with other calibration samples;"),
+        ({"shapes": {"x": (1, 8, 6, 6)}}, r"another value of shapes \(None there, .* here\)"),
     ):
         values: dict = {"model": model, "config": QUICK, "data": data} | arguments
         with pytest.raises(SweepError, match=message):
@@ -221,6 +222,16 @@ def test_a_folder_belongs_to_one_model_and_its_options(
     # More memory or another number of processes finds the same.
     assert sweep(model, GRID[:1], folder, replace(QUICK, memory=10**6, workers=1), data=data, jobs=1).searched == 0
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_open_sizes_may_be_given(tmp_path: Path, made_up_times: list[Path]) -> None:
+    net = Net()
+    net.output(net.conv(net.conv(net.input("x", ["N", 8, "H", "W"]), (8, 16)), (16, 16)))
+    onnx.save(net.build(), tmp_path / "open.onnx")
+    setting = GRID[:1]
+    plain = found(sweep(tmp_path / "open.onnx", setting, tmp_path / "a", QUICK, jobs=1))
+    sized = found(sweep(tmp_path / "open.onnx", setting, tmp_path / "b", QUICK, jobs=1, shapes={"x": (1, 8, 6, 6)}))
+    assert plain[setting[0].name].macs is None and 0.7 < (sized[setting[0].name].macs or 0) < 0.9
 
 
 def test_a_folder_of_other_files_is_left_alone(model: Path, tmp_path: Path) -> None:

@@ -15,7 +15,16 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from tetris_onnx.config import Config
-from tetris_onnx.data.calibration import CalibrationError, Data, InputSpec, Samples, count, fixed_batch, select
+from tetris_onnx.data.calibration import (
+    CalibrationError,
+    Data,
+    InputSpec,
+    Samples,
+    count,
+    fixed_batch,
+    model_inputs,
+    select,
+)
 from tetris_onnx.errors import TetrisError
 from tetris_onnx.operators import choose
 from tetris_onnx.passes import NewWeights
@@ -71,11 +80,15 @@ class Problem:
         elif config.allocation != "uniform":
             candidates, predictions = self._allocate(candidates, config)
         if self.samples is not None:
-            from tetris_onnx.accuracy.refine import recover_and_refine  # brings scipy, which takes its time to load
+            # These bring scipy, which takes its time to load.
+            from tetris_onnx.accuracy.refine import recover_and_refine
+            from tetris_onnx.data.augment import image_inputs
 
             recovery, notes = recover_and_refine(
                 self.graph, candidates, self.model, config, self.samples, plan, self.progress
             )
+            if config.augment and not image_inputs(self.samples, model_inputs(self.model)):
+                notes += ("no varied copies: no input is an image (four axes, one to four channels, floats)",)
             plan, weights, rows = recovery.plan, recovery.weights, recovery.rows
         elif plan is None:
             plan, rows = make_plan(candidates, config, self.progress)

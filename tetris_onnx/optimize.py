@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -29,10 +29,14 @@ from tetris_onnx.config import MEASURED_IMPORTANCES, Config, ConfigError
 from tetris_onnx.data.calibration import (
     CalibrationError,
     Data,
+    InputSpec,
     Samples,
+    Shapes,
     Source,
+    check_shapes,
     count,
     fixed_batch,
+    is_open,
     model_inputs,
     select,
 )
@@ -67,7 +71,7 @@ from tetris_onnx.passes import (
     set_weights,
 )
 from tetris_onnx.plan import Plan
-from tetris_onnx.planner import OPEN_SIZES, Progress, prepare
+from tetris_onnx.planner import OPEN_SIZES, Progress, prepare, set_sizes
 from tetris_onnx.reports.heatmaps import weight_maps
 from tetris_onnx.reports.report import LayerReport, Report
 from tetris_onnx.session import model_name
@@ -124,6 +128,7 @@ def optimize(
     labeled: Source | Data | None = None,
     weight_pictures: bool = False,
     machine: Machine | None = None,
+    shapes: Shapes | None = None,
 ) -> Result:
     """Reorder, prune and lower the layers of ``model``, and verify the result in onnxruntime.
 
@@ -142,6 +147,9 @@ def optimize(
     ``weight_pictures``: also make pictures of every layer's weight, for a report's page.
 
     ``machine``: what times are predicted for, in the place of this one.
+
+    ``shapes``: of inputs whose sizes the model leaves open, by name (the first axis, the batch, is not used): what it
+    is planned, verified and timed for, not a limit of the result. Calibration samples say it, too.
 
     The result is compared with the dense model that has the same weights and zero blocks, on random inputs and on some
     of the samples.
@@ -179,6 +187,9 @@ def optimize(
                 raise CalibrationError("the accuracy that max_drop limits needs labeled samples")
             calibration, labeled = split(calibration, inputs)
         samples = None if calibration is None else calibration.samples
+        shapes = _open_shapes(shapes, samples, inputs)
+        if shapes:
+            set_sizes(prepared, shapes)
         problem = Problem(prepared, proto, machine, samples, progress)
         if max_drop is None:
             decision = problem.decide(config, plan)
@@ -196,7 +207,7 @@ def optimize(
             sparse = run_passes(graph, steps, folder, source)
             result = io.to_proto(sparse, source, weight_file)
         with clock.stage("verify"):
-            error = verify(result, masked_dense(source, plan, weights, weight_file), config.tolerance, some)
+            error = verify(result, masked_dense(source, plan, weights, weight_file), config.tolerance, some, shapes)
             if config.precision == "float32" or not len(plan):
                 return _Verified(result, error)
 
@@ -208,15 +219,14 @@ def optimize(
                 found = _with_ranges(rounded, result, samples)
             else:
                 found = _Rounded(rounded(), some)
-            return _Verified(
-                found.model, error, verify_precision(found.model, result, config.precision, found.samples), found.note
-            )
+            rounding = verify_precision(found.model, result, config.precision, found.samples, shapes)
+            return _Verified(found.model, error, rounding, found.note)
 
     built = build(plan, weights, None if dump_passes is None else Path(dump_passes))
     trial = None
     for changes in range(_MOST_CHANGES + 1) if measure else ():
         with clock.stage("measure"):
-            trial = try_out(source, built.model, [row.layer for row in rows], some, config.threads)
+            trial = try_out(source, built.model, [row.layer for row in rows], some, config.threads, shapes)
         # (a layer that a rule of the config names is pruned as the user asks, whatever its time)
         slower = {
             row.layer
@@ -257,6 +267,26 @@ def optimize(
     if trial is not None:
         report = _with_times(report, trial)
     return Result(inlined(built.model), plan, report, weight_maps(prepared, plan, weights) if weight_pictures else {})
+
+
+def _open_shapes(given: Shapes | None, samples: Samples | None, inputs: Sequence[InputSpec]) -> Shapes:
+    """The shapes of inputs that the model leaves open, by name: those ``given``, or those of the samples.
+
+    Raises `CalibrationError` where the model's inputs cannot have them, or a sample has another one.
+    """
+    given = given or {}
+    check_shapes(given, inputs)
+    if samples is None:
+        return given
+    for name, shape in given.items():
+        found = samples[name].shape
+        if tuple(shape[1:]) != found[1:]:
+            raise CalibrationError(
+                f"the shape given for {name!r} is {'x'.join(map(str, shape))}, but its samples are "
+                f"{'x'.join(map(str, (1, *found[1:])))}: give one of the two"
+            )
+    batch = fixed_batch(inputs) or 1
+    return {spec.name: (batch, *samples[spec.name].shape[1:]) for spec in inputs if is_open(spec)}
 
 
 def _fitted_machine(clock: _Clock) -> Machine:

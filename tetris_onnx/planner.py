@@ -22,9 +22,10 @@ from tetris_onnx.algorithms.blocks import block_grid, block_sums, fit_block_size
 from tetris_onnx.algorithms.importance import importance
 from tetris_onnx.algorithms.reorder import BlockPruner, Reordering, reorder
 from tetris_onnx.config import Config, LayerConfig
+from tetris_onnx.data.calibration import Shapes, check_shapes, model_inputs
 from tetris_onnx.graph import io
 from tetris_onnx.graph.layers import MULTIPLIERS, Layer, conv_window, find_layers, nested_layers, other_layers
-from tetris_onnx.graph.shapes import EXAMPLE_SIZES, example_shapes
+from tetris_onnx.graph.shapes import EXAMPLE_SIZES, example_shapes, infer_shapes
 from tetris_onnx.operators import WORTH_IT, choose, gain_of_whole, slower_reason
 from tetris_onnx.passes import Pass, fuse_batchnorm, normalize_layers, open_layers, run_passes
 from tetris_onnx.passes.lower_block_sparse import whole_block
@@ -38,7 +39,7 @@ from tetris_onnx.timing.machine import load_machine
 # Called with (stage, steps done, all steps) while something takes its time.
 Progress: TypeAlias = Callable[[str, int, int], None]
 
-OPEN_SIZES = f"times are predicted for a size of {EXAMPLE_SIZES[0]} where the model leaves it open"
+OPEN_SIZES = f"times are predicted for a size of {EXAMPLE_SIZES[0]} where the model leaves it open: give its --shape"
 # Below this many weights in all, starting worker processes costs more than they save.
 _WORTH_PROCESSES = 2**21
 
@@ -111,15 +112,22 @@ class Candidate:
 
 
 def inspect(
-    model: str | Path | onnx.ModelProto, config: Config | None = None, machine: Machine | None = None
+    model: str | Path | onnx.ModelProto,
+    config: Config | None = None,
+    machine: Machine | None = None,
+    shapes: Shapes | None = None,
 ) -> list[LayerReport]:
     """One row per layer of a model: its shape, whether it would be pruned or why not, and its time on ``machine``.
 
-    Raises `ModelError` for a file that is no model.
+    ``shapes``: of inputs whose sizes the model leaves open, by name; the first axis, the batch, is not used. Raises
+    `ModelError` for a file that is no model, `CalibrationError` for a shape that its inputs cannot have.
     """
     proto = io.raise_opset(io.given(model))
     config = config or Config()
     graph = prepare(io.to_graph(proto), config.precision == "int8")
+    if shapes:
+        check_shapes(shapes, model_inputs(proto))
+        set_sizes(graph, shapes)
     return [describe(c, None, None) for c in survey(graph, config, machine)]
 
 
@@ -134,6 +142,22 @@ def prepare(graph: gs.Graph, quantized: bool = False) -> gs.Graph:
         Pass("fuse_batchnorm", fuse_batchnorm),
     ]
     return run_passes(graph, steps)
+
+
+def set_sizes(graph: gs.Graph, shapes: Shapes) -> None:
+    """Annotate the values of a prepared ``graph`` with the sizes that they have for inputs of ``shapes``, by name.
+
+    All but the first axis of the inputs, the batch. For plans only: the rewritten model takes other sizes, too, so what
+    a layer is dense for (a rank or a padding that depends on them) has to stay open.
+    """
+    dense = {id(layer.node): layer.data.shape for layer in find_layers(graph) if layer.why_dense}
+    found = infer_shapes(gs.export_onnx(graph), shapes)
+    for name, tensor in graph.tensors().items():
+        if isinstance(tensor, gs.Variable) and name in found:
+            tensor.dtype, tensor.shape = found[name][0], list(found[name][1])
+    for layer in find_layers(graph):
+        if id(layer.node) in dense and not layer.why_dense:
+            layer.data.shape = dense[id(layer.node)]
 
 
 def survey(

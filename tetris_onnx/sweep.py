@@ -33,7 +33,7 @@ from tetris_onnx import __version__
 from tetris_onnx.accuracy.compare import compare
 from tetris_onnx.algorithms.allocation import BudgetError
 from tetris_onnx.config import Config, parse_block_size
-from tetris_onnx.data.calibration import Data, fixed_batch, model_inputs
+from tetris_onnx.data.calibration import Data, Shapes, fixed_batch, model_inputs
 from tetris_onnx.errors import TetrisError
 from tetris_onnx.graph import io
 from tetris_onnx.optimize import optimize
@@ -138,6 +138,7 @@ class _Work:
     judged: Data | None  # to compare on; None: random samples
     config: Config
     machine: Machine
+    shapes: Shapes | None  # of inputs whose sizes the model leaves open
 
     def load(self) -> onnx.ModelProto:
         proto = onnx.ModelProto()
@@ -192,6 +193,7 @@ def sweep(
     scheduler: str | None = None,
     seconds: float = 3.0,
     progress: Progress | None = None,
+    shapes: Shapes | None = None,
 ) -> Sweep:
     """Optimize ``model`` with each of the ``settings`` on top of ``config``, compare and time the results.
 
@@ -201,8 +203,9 @@ def sweep(
     outputs, on random ones.
 
     ``jobs``: searches at a time (one per core by default); ``scheduler``: address of a Dask scheduler, whose workers
-    search in their place. ``seconds`` and ``config.threads`` are those of `bench`, which runs here. Raises
-    `SweepError`, and what `optimize`, `compare` and `bench` raise, but a `BudgetError` is the outcome of its setting.
+    search in their place. ``seconds`` and ``config.threads`` are those of `bench`, which runs here; ``shapes`` those of
+    `optimize`. Raises `SweepError`, and what `optimize`, `compare` and `bench` raise, but a `BudgetError` is the
+    outcome of its setting.
     """
     config = config or Config()
     if config.target != "cpu" or config.speedup is not None:
@@ -211,7 +214,7 @@ def sweep(
     inputs = model_inputs(proto)
     judged = data if data is not None else calibration and replace(calibration, labels=None)
     content = np.frombuffer(proto.SerializeToString(deterministic=True), np.uint8)
-    work = _Work(content, calibration, judged, config, load_machine())
+    work = _Work(content, calibration, judged, config, load_machine(), shapes)
     store = _Store(folder, _identity(work), _versions(), asdict(work.machine))
     store.open(str(model))
     found = {setting: outcome for setting in settings if (outcome := store.load(setting)) is not None}
@@ -220,7 +223,7 @@ def sweep(
         found[outcome.setting] = outcome
         if progress is not None:
             progress("settings", done, len(todo))
-    found = _time_all(model, found, store, config.threads, seconds, judged, fixed_batch(inputs) or 1, progress)
+    found = _time_all(model, found, store, work, seconds, fixed_batch(inputs) or 1, progress)
     outcomes = tuple(found[setting] for setting in sorted(settings))
     # (random samples are often all of one class: that they stay so says nothing)
     measures = MEASURES if judged is not None else ("error",)
@@ -363,10 +366,12 @@ def _search(work: _Work, setting: Setting) -> tuple[Outcome, bytes]:
     dense = work.load()
     with _one_thread(work.config):
         try:
-            result = optimize(dense, work.at(setting), calibration=work.samples, machine=work.machine)
+            result = optimize(
+                dense, work.at(setting), calibration=work.samples, machine=work.machine, shapes=work.shapes
+            )
         except BudgetError as error:
             return Outcome(setting, failure=str(error), seconds=time.perf_counter() - start), b""
-        found = compare(dense, result.model, work.judged)
+        found = compare(dense, result.model, work.judged, shapes=work.shapes)
     report = result.report
     total, kept = report.parameters
     model = result.model.SerializeToString()
@@ -426,13 +431,13 @@ def _time_all(
     model: Path,
     found: dict[Setting, Outcome],
     store: _Store,
-    threads: int,
+    work: _Work,
     seconds: float,
-    judged: Data | None,
     batch: int,
     progress: Progress | None,
 ) -> dict[Setting, Outcome]:
     """The outcomes with their times; those that were measured here before in the same way keep them."""
+    threads, samples = work.config.threads, None if work.judged is None else work.judged.samples
     machine = f"{cpu_name()}, {os.cpu_count()} cores, onnxruntime {_versions()['onnxruntime']}, {threads} threads"
     timed = dict(found)
     waiting = [s for s, o in found.items() if not o.failure and (o.timing is None or o.timing.machine != machine)]
@@ -440,8 +445,7 @@ def _time_all(
         if progress is not None:
             progress("timing", done, len(waiting))
         sparse = store.model_path(setting)
-        samples = None if judged is None else judged.samples
-        result = bench(model, sparse, threads=threads, batch=batch, seconds=seconds, data=samples)
+        result = bench(model, sparse, threads=threads, batch=batch, seconds=seconds, data=samples, shapes=work.shapes)
         assert result.speedup is not None
         assert result.interval is not None
         first, second = (timing.median_ms for timing in result.timings)
@@ -461,6 +465,7 @@ def _identity(work: _Work) -> dict[str, Any]:
         "model": hashlib.sha256(work.model.data).hexdigest(),
         "calibration": _digest(work.samples),
         "data": _digest(work.judged),
+        "shapes": {name: list(shape) for name, shape in work.shapes.items()} if work.shapes else None,
     } | {name: json.loads(json.dumps(value)) for name, value in options.items() if name not in _RESOURCES}
 
 

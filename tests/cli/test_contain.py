@@ -19,7 +19,7 @@ import os, signal, sys, tempfile, time
 import tetris_onnx.planner
 from tetris_onnx.cli.main import main
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
-def instead(*args):
+def instead(*args, **options):
     {body}
 tetris_onnx.planner.inspect = instead
 sys.argv = ["tetris-onnx", "inspect", "model.onnx"]

@@ -411,7 +411,7 @@ import os, signal, time
 import tetris_onnx.planner
 from tetris_onnx.cli.main import main
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background of a shell
-def interrupted(*args):
+def interrupted(*args, **options):
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(60)
 tetris_onnx.planner.inspect = interrupted
@@ -447,6 +447,13 @@ def test_measure_is_passed_on(model: Path, calls: list, tmp_path: Path, capsys: 
     assert len(calls) == 1
 
 
+def test_the_shape_is_passed_on(model: Path, calls: list, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments: list[object] = ["optimize", model, "-o", tmp_path / "out.onnx"]
+    value = json.loads(succeeds([*arguments, "--shape", "x=1x64x6x6", "--bench", "--json"], capsys))
+    assert calls[0][2]["shapes"] == {"x": (1, 64, 6, 6)} and value["speedup"][0] > 0
+    assert "shape 1x3x6x6 does not fit" in fails([*arguments, "--shape", "x=1x3x6x6", "--bench"], capsys)
+
+
 def test_inspect_lists_layers_and_what_could_be_won(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -454,9 +461,11 @@ def test_inspect_lists_layers_and_what_could_be_won(
     prunable = replace(prunable, predicted_ms=(1.5, 0.75))
     dense = replace(prunable, node="fc", status="dense", reason="it is too small", predicted_ms=(0.5, 0.5))
     configs: list[Config] = []
+    given: list[dict] = []
 
-    def fake(model: Path, config: Config) -> list[LayerReport]:
+    def fake(model: Path, config: Config, shapes: dict) -> list[LayerReport]:
         configs.append(config)
+        given.append(shapes)
         return [prunable, dense]
 
     monkeypatch.setattr(tetris_onnx.planner, "inspect", fake)
@@ -471,12 +480,14 @@ def test_inspect_lists_layers_and_what_could_be_won(
     assert value["predicted_ms"] == [2.0, 1.25] and value["predicted_speedup"] == 1.6
     assert value["machine"] == "avx512, measured on this machine"
     assert configs[-1] == Config(sparsity=0.8, block_size=(8, 8))
+    succeeds(["inspect", "m.onnx", "--shape", "x=1x3x8x9"], capsys)
+    assert given == [{}, {}, {"x": (1, 3, 8, 9)}]
 
 
 def test_inspect_says_which_patterns_match_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(tetris_onnx.planner, "inspect", lambda model, config: [replace(ROW, macs=None)])
+    monkeypatch.setattr(tetris_onnx.planner, "inspect", lambda model, config, shapes: [replace(ROW, macs=None)])
     toml = tmp_path / "run.toml"
     toml.write_text('[layers."conv*"]\nskip = true\n[layers."head"]\nskip = true\n')
     text = succeeds(["inspect", "m.onnx", "--config", toml], capsys)

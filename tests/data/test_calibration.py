@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,9 @@ from tetris_onnx.data.calibration import (
     InputSpec,
     Samples,
     batches,
+    check_shapes,
     count,
+    is_open,
     load_labels,
     load_samples,
     model_inputs,
@@ -240,6 +244,19 @@ def test_an_open_size_is_searched_for_by_running() -> None:
     with pytest.raises(CalibrationError, match=r"give a data file, or the shape \(.*\); it said: no way$"):
         runnable_samples(never, [spec], 2)
     assert runnable_samples(never, [IMAGE], 2)["x"].shape == (2, 3, 4, 4), "nothing to search for"
+
+
+def test_shapes_that_the_inputs_cannot_have_are_refused() -> None:
+    open_image = InputSpec("x", np.dtype("float32"), ("N", 3, None, None))
+    assert is_open(open_image) and not is_open(replace(open_image, shape=("N", 3, 4, 4)))
+    check_shapes({"x": (7, 3, 5, 6)}, [open_image])
+    for shapes, message in (
+        ({"x": (1, 1, 5, 6)}, "shape 1x1x5x6 does not fit the model input x: float32"),
+        ({"x": (1, 3, 5)}, "shape 1x3x5 does not fit"),
+        ({"y": (1, 3, 5, 6)}, "no input 'y'; the model has the input x: float32"),
+    ):
+        with pytest.raises(CalibrationError, match=re.escape(message)):
+            check_shapes(shapes, [open_image])
 
 
 def test_shapes_are_parsed() -> None:

@@ -178,3 +178,11 @@ def test_a_real_trial() -> None:
     assert all(before > 0 and after > 0 for before, after in found.layers.values())
     assert found.slower <= set(names)
     assert found.network.speedup is not None
+
+
+def test_a_trial_of_a_given_shape(measured: Callable[..., list[dict]]) -> None:
+    calls = measured(lambda call, node: 0.5)
+    net = Net()
+    net.output(net.conv(net.input("x", ["N", 16, "H", "W"]), (16, 16)))
+    optimize(net.build(), CONFIG, measure=True, shapes={"x": (1, 16, 9, 7)})
+    assert [call["shapes"] for call in calls] == [{"x": (1, 16, 9, 7)}]

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 
 from tetris_onnx.accuracy.compare import compare
-from tetris_onnx.data.calibration import CalibrationError, InputSpec, Samples, count, fixed_batch, select
+from tetris_onnx.data.calibration import CalibrationError, InputSpec, Samples, Shapes, count, fixed_batch, select
 from tetris_onnx.errors import TetrisError
 from tetris_onnx.graph import io
 from tetris_onnx.graph.outputs import before_squashing
@@ -47,8 +47,16 @@ def first_samples(samples: Samples, inputs: Sequence[InputSpec]) -> Samples:
     return select(samples, inputs, slice(n))
 
 
-def verify(model: onnx.ModelProto, reference: onnx.ModelProto, tolerance: float, data: Samples | None = None) -> float:
+def verify(
+    model: onnx.ModelProto,
+    reference: onnx.ModelProto,
+    tolerance: float,
+    data: Samples | None = None,
+    shapes: Shapes | None = None,
+) -> float:
     """The largest error of ``model`` relative to max|y| of ``reference``, on random inputs and on ``data``.
+
+    ``shapes``: of the random inputs, by name, where the model leaves them open.
 
     Models of float16 or bfloat16 are compared in float32 (see graph.widen), where only what the passes put into such a
     weight is rounded (a BatchNormalization, a refit): 8 roundings of a weight are allowed for. Raises
@@ -60,7 +68,7 @@ def verify(model: onnx.ModelProto, reference: onnx.ModelProto, tolerance: float,
     apart = any(io.is_large(each) for each in pair)
     runs = [] if data is None else [compare(*pair, data, apart=apart)]
     try:
-        runs.append(compare(*pair, samples=_RANDOM_SAMPLES, apart=apart))
+        runs.append(compare(*pair, samples=_RANDOM_SAMPLES, shapes=shapes, apart=apart))
     except CalibrationError:  # no random input of a usual size suits the model: the user's data has to do
         if data is None:
             raise
@@ -81,14 +89,18 @@ def verify(model: onnx.ModelProto, reference: onnx.ModelProto, tolerance: float,
 
 
 def verify_precision(
-    model: onnx.ModelProto, exact: onnx.ModelProto, precision: str, data: Samples | None = None
+    model: onnx.ModelProto,
+    exact: onnx.ModelProto,
+    precision: str,
+    data: Samples | None = None,
+    shapes: Shapes | None = None,
 ) -> tuple[float, float]:
     """Largest and mean error of ``model``, in ``precision``, relative to max|y| of ``exact``, the same in float32.
 
-    On ``data``, or on random inputs where there is none. Raises `VerificationError` when the largest error is beyond
-    what rounding alone can do (see ``_MOST_ROUNDING``).
+    On ``data``, or on random inputs (of ``shapes``) where there is none. Raises `VerificationError` when the largest
+    error is beyond what rounding alone can do (see ``_MOST_ROUNDING``).
     """
-    most, mean, worst = rounding_error(model, exact, data)
+    most, mean, worst = rounding_error(model, exact, data, shapes)
     if not most <= _MOST_ROUNDING[precision]:
         raise VerificationError(
             f"precision {precision} changes the output {worst!r} by {most:.1e} of max|y|, too much "
@@ -97,10 +109,12 @@ def verify_precision(
     return most, mean
 
 
-def rounding_error(model: onnx.ModelProto, exact: onnx.ModelProto, data: Samples | None) -> tuple[float, float, str]:
+def rounding_error(
+    model: onnx.ModelProto, exact: onnx.ModelProto, data: Samples | None, shapes: Shapes | None = None
+) -> tuple[float, float, str]:
     """Largest and mean error of ``model`` relative to max|y| of ``exact``, and the name of the output that has them."""
     pair, data = comparable(exact, model, data)
-    found = compare(*pair, data, samples=_RANDOM_SAMPLES, apart=any(io.is_large(each) for each in pair))
+    found = compare(*pair, data, _RANDOM_SAMPLES, shapes=shapes, apart=any(io.is_large(each) for each in pair))
     worst = max(found.outputs, key=lambda output: output.relative)
     return worst.relative, found.mean_relative, worst.name
 

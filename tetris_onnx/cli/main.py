@@ -199,6 +199,7 @@ def optimize(
     importance: Importance = None,
     augment: Augment = None,
     refine: Refine = None,
+    shape: Shape = None,
     save_plan: Annotated[Path | None, typer.Option(help="Write the plan (.npz).")] = None,
     report: Annotated[Path | None, typer.Option(help="Write the report (.html, .json or .md).")] = None,
     dump_passes: Annotated[Path | None, typer.Option(help="Folder for the model after each pass.")] = None,
@@ -244,12 +245,14 @@ def optimize(
     if dump_passes is not None and dump_passes.exists() and not dump_passes.is_dir():
         raise UsageError(f"--dump-passes {dump_passes}: not a folder")
 
+    from tetris_onnx.data.calibration import parse_shapes
     from tetris_onnx.graph import io
     from tetris_onnx.optimize import optimize as run_optimize
     from tetris_onnx.plan import Plan
     from tetris_onnx.reports.report import check_report_path, print_report, to_json, write_report
     from tetris_onnx.runtime import get_library_path, import_onnxruntime
 
+    shapes = parse_shapes(shape or [])
     import_onnxruntime()  # the verification at the end needs both
     get_library_path()
     if report is not None:
@@ -269,6 +272,7 @@ def optimize(
             labeled=searched_on,
             measure=measure,
             weight_pictures=report is not None and report.suffix.lower() == ".html",
+            shapes=shapes,
         )
         outcome = replace(result.report, model=str(model), output=str(output))
         if searched_on is not None:
@@ -281,7 +285,7 @@ def optimize(
         if labeled is not None:
             outcome = with_accuracy(outcome, model, result.model, labeled, progress)
         if bench:
-            outcome = with_times(outcome, model, result.model, progress)
+            outcome = with_times(outcome, model, result.model, shapes, progress)
     io.save(result.model, output)
     if save_plan is not None:
         result.plan.save(save_plan)
@@ -307,18 +311,20 @@ def inspect(
     block_size: BlockSize = None,
     precision: Precision = None,
     threads: Threads = None,
+    shape: Shape = None,
     json: Json = False,
 ) -> None:
     """List the layers of MODEL: shapes, which can be pruned, why not, and what pruning could win."""
     chosen = _config(config, sparsity, block_size, precision=precision, threads=threads)
 
+    from tetris_onnx.data.calibration import parse_shapes
     from tetris_onnx.planner import OPEN_SIZES
     from tetris_onnx.planner import inspect as run_inspect
     from tetris_onnx.reports.report import count, layer_table, percent, threads_text, total_ms
     from tetris_onnx.timing.machine import load_machine
 
     machine = load_machine().name
-    layers = run_inspect(model, chosen)
+    layers = run_inspect(model, chosen, shapes=parse_shapes(shape or []))
     times = total_ms(layers)
     unused = chosen.unused_patterns(row.node for row in layers)
     before, after = _predict(layers, chosen)

@@ -15,7 +15,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 Provider = Annotated[str, typer.Option(metavar="cpu|cuda", help="What onnxruntime runs on.")]
 Shape = Annotated[
     list[str] | None,
-    typer.Option("--shape", metavar="NAME=1x3x224x224", help="Shape of a random input that the model leaves open."),
+    typer.Option("--shape", metavar="NAME=1x3x224x224", help="Shape of an input that the model leaves open."),
 ]
 Mean = Annotated[
     str | None, typer.Option(metavar="M[,M,M]", help="For images: subtracted from pixel * scale, per channel.")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tetris_onnx.cli.terminal import percent_of
 
 if TYPE_CHECKING:
-    from tetris_onnx.data.calibration import Data
+    from tetris_onnx.data.calibration import Data, Shapes
     from tetris_onnx.reports.report import Report
 
 _BENCH_SECONDS = 3.0
@@ -29,12 +29,14 @@ def with_accuracy(
     return replace(report, accuracy=(found.accuracy_a, found.accuracy_b), labeled=found.samples)
 
 
-def with_times(report: Report, model: Path, result: Any, progress: Callable[[str, int, int], None]) -> Report:
-    """The report with the time of one run, before and after."""
+def with_times(
+    report: Report, model: Path, result: Any, shapes: Shapes, progress: Callable[[str, int, int], None]
+) -> Report:
+    """The report with the time of one run on random inputs (of ``shapes``, by name), before and after."""
     from tetris_onnx.timing.bench import bench as run_bench
 
     shown = percent_of("bench", progress)
-    found = run_bench(model, result, threads=report.threads, seconds=_BENCH_SECONDS, progress=shown)
+    found = run_bench(model, result, threads=report.threads, seconds=_BENCH_SECONDS, shapes=shapes, progress=shown)
     assert found.speedup is not None
     assert found.interval is not None
     first, second = (timing.median_ms for timing in found.timings)

@@ -20,6 +20,7 @@ from tetris_onnx.cli.options import (
     Precision,
     Reorder,
     Scale,
+    Shape,
     Std,
     Threads,
 )
@@ -62,6 +63,7 @@ def sweep(
         str | None, typer.Option(metavar="tcp://HOST:PORT", help="Dask scheduler whose workers do the searches.")
     ] = None,
     threads: Threads = None,
+    shape: Shape = None,
     seconds: Annotated[float, typer.Option(min=0.001, help="To time each setting.")] = 3.0,
     json: Json = False,
 ) -> None:
@@ -77,6 +79,7 @@ def sweep(
     }
     chosen = load_config_with(config, values)
 
+    from tetris_onnx.data.calibration import parse_shapes
     from tetris_onnx.reports.sweep import NO_MATPLOTLIB, has_matplotlib, print_sweep, write_csv, write_plot
     from tetris_onnx.sweep import grid, parse_block_sizes, parse_sparsities
     from tetris_onnx.sweep import sweep as run_sweep
@@ -98,6 +101,7 @@ def sweep(
             scheduler=scheduler,
             seconds=seconds,
             progress=progress,
+            shapes=parse_shapes(shape or []),
         )
     write_csv(result, output / "sweep.csv")
     if with_plot:

@@ -25,7 +25,7 @@ def with_copies(samples: Samples, inputs: tuple[InputSpec, ...], copies: int, se
     which a convolution does not tell apart, this shows layers other patches. Samples without an image come back as
     they are. Deterministic for a ``seed``.
     """
-    images = [spec.name for spec in inputs if _is_image(samples[spec.name])]
+    images = image_inputs(samples, inputs)
     if not images or not copies:
         return samples
     rng = np.random.default_rng(seed)
@@ -37,6 +37,11 @@ def with_copies(samples: Samples, inputs: tuple[InputSpec, ...], copies: int, se
             for name in images:
                 varied[name][i] = _transformed(varied[name][i : i + 1], matrix, shift)[0]
     return varied
+
+
+def image_inputs(samples: Samples, inputs: tuple[InputSpec, ...]) -> list[str]:
+    """The names of the inputs that are images."""
+    return [spec.name for spec in inputs if _is_image(samples[spec.name])]
 
 
 def mirrored_or_shifted(samples: Samples, inputs: tuple[InputSpec, ...], rng: np.random.Generator) -> Samples:

@@ -175,7 +175,7 @@ def runnable_samples(
     """
     given = shapes or {}
     _check_names(given, inputs)
-    still_open = [s for s in inputs if s.name not in given and any(not isinstance(d, int) for d in s.shape[1:])]
+    still_open = [spec for spec in inputs if spec.name not in given and is_open(spec)]
     if not still_open:
         return random_samples(inputs, n, seed, given)
     first = ""
@@ -188,7 +188,7 @@ def runnable_samples(
         return random_samples(inputs, n, seed, given, size)
     raise CalibrationError(
         f"the model runs on random inputs of no size tried ({_listing(still_open)}); "
-        f"give a data file, or the shape (compare, bench: --shape NAME=1x3x224x224); it said: {first[:300]}"
+        f"give a data file, or the shape (--shape NAME=1x3x224x224); it said: {first[:300]}"
     )
 
 
@@ -220,6 +220,18 @@ def fixed_batch(inputs: Sequence[InputSpec]) -> int | None:
 def count(samples: Samples, inputs: Sequence[InputSpec]) -> int:
     """The number of samples (1 for a model whose inputs are all scalars)."""
     return next((len(samples[spec.name]) for spec in inputs if spec.shape), 1)
+
+
+def is_open(spec: InputSpec) -> bool:
+    """Whether the model leaves a size of the input open, other than the batch."""
+    return any(not isinstance(size, int) for size in spec.shape[1:])
+
+
+def check_shapes(shapes: Shapes, inputs: Sequence[InputSpec]) -> None:
+    """Raise `CalibrationError` for shapes, by input name, that the model's inputs cannot have."""
+    _check_names(shapes, inputs)
+    for spec in inputs:
+        _concrete_shape(spec, 1, shapes.get(spec.name), SIZES[0])
 
 
 def parse_shapes(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@ with the shape arithmetic evaluated: a dimension that comes out equal every time
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,14 +44,17 @@ _SHAPE_OPS = frozenset(
 _BROADCAST = frozenset("Add And Div Equal Greater Less Max Min Mod Mul Or PRelu Pow Sub Sum Where Xor".split())
 
 
-def infer_shapes(model: onnx.ModelProto) -> dict[str, tuple[np.dtype, Shape]]:
+def infer_shapes(
+    model: onnx.ModelProto, given: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, tuple[np.dtype, Shape]]:
     """Type and shape of every value of the main graph that has a known rank.
 
-    Static dimensions are ints; dynamic ones are names: that of the model where it gives one, else `UNKNOWN`.
+    Static dimensions are ints; dynamic ones are names: that of the model where it gives one, else `UNKNOWN`. ``given``:
+    shapes of inputs by name, whose sizes are static then, all but that of the first axis, the batch.
     """
     skeleton = _without_weights(model)
-    runs = [_infer_concrete(skeleton, batch, size) for batch, size in _PROBES]
-    odd = _infer_concrete(skeleton, *_ODD_PROBE)
+    runs = [_infer_concrete(skeleton, batch, size, given) for batch, size in _PROBES]
+    odd = _infer_concrete(skeleton, *_ODD_PROBE, given)
     if not all(runs):  # a size that the model does not take: keep to what holds in general
         runs = [_inferred(skeleton)] * 2
         odd = {}
@@ -111,18 +114,21 @@ def _without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _infer_concrete(
-    skeleton: onnx.ModelProto, batch: int, size: int
+    skeleton: onnx.ModelProto, batch: int, size: int, given: Mapping[str, Sequence[int]] | None = None
 ) -> dict[str, tuple[np.dtype, tuple[int | None, ...]]]:
     """Shapes when every dynamic input dimension takes the given size; empty where the model does not take it."""
+    given = given or {}
     model = onnx.ModelProto()
     model.CopyFrom(skeleton)
     fixed = {i.name for i in model.graph.initializer}
     sizes: dict[str, int] = {}  # one name is one size
-    for value in model.graph.input:
+    for value in sorted(model.graph.input, key=lambda value: value.name not in given):
         if value.name not in fixed:
-            for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            dims = value.type.tensor_type.shape.dim
+            shape = given.get(value.name, [size] * len(dims))
+            for axis, dim in enumerate(dims):
                 if dim.dim_value <= 0:
-                    choice = batch if axis == 0 else size
+                    choice = batch if axis == 0 else shape[axis]
                     dim.dim_value = sizes.setdefault(dim.dim_param, choice) if dim.dim_param else choice
     for value in model.graph.output:  # their declared names would contradict the sizes
         value.type.tensor_type.ClearField("shape")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import onnx
 
-from tetris_onnx.data.calibration import Samples, fixed_batch, model_inputs
+from tetris_onnx.data.calibration import Samples, Shapes, fixed_batch, model_inputs
 from tetris_onnx.timing.bench import BenchResult, bench
 from tetris_onnx.timing.profiling import LAYER, LayerTiming, rows_of
 
@@ -29,24 +29,39 @@ class Trial:
 
 
 def try_out(
-    dense: onnx.ModelProto, model: onnx.ModelProto, layers: Sequence[str], samples: Samples | None, threads: int = 1
+    dense: onnx.ModelProto,
+    model: onnx.ModelProto,
+    layers: Sequence[str],
+    samples: Samples | None,
+    threads: int = 1,
+    shapes: Shapes | None = None,
 ) -> Trial:
     """Time ``model`` against ``dense``, and its ``layers`` (names of outputs in ``dense``), on a batch of ``samples``.
 
-    Inputs are random without samples. Raises `BenchError`, `CalibrationError` or `SessionError`.
+    Inputs are random without samples, of the ``shapes`` that are given. Raises `BenchError`, `CalibrationError` or
+    `SessionError`.
     """
-    first = _bench(dense, model, samples, threads)
+
+    def timed() -> BenchResult:
+        batch = fixed_batch(model_inputs(dense)) or 1
+        return bench(
+            dense,
+            model,
+            threads=threads,
+            batch=batch,
+            seconds=_SECONDS,
+            per_layer=True,
+            data=samples,
+            shapes=shapes,
+        )
+
+    first = timed()
     times, slower = _of_layers(dense, first, layers)
     if slower:
-        again, still = _of_layers(dense, _bench(dense, model, samples, threads), layers)
+        again, still = _of_layers(dense, timed(), layers)
         slower &= still
         times |= {name: again[name] for name in slower}
     return Trial(first, times, frozenset(slower))
-
-
-def _bench(dense: onnx.ModelProto, model: onnx.ModelProto, samples: Samples | None, threads: int) -> BenchResult:
-    batch = fixed_batch(model_inputs(dense)) or 1
-    return bench(dense, model, threads=threads, batch=batch, seconds=_SECONDS, per_layer=True, data=samples)
 
 
 def _of_layers(
