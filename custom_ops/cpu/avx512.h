@@ -118,6 +118,8 @@ struct Avx512 {
   template <int Packed, class Pack>
   static void pack_vectors(float* to, const PackedRows& rows, const RowCopy& copy, Pack pack) {
     const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const float* next[Packed];
+    for (int k = 0; k < Packed; ++k) next[k] = rows.next[k] != nullptr ? rows.next[k] : rows.from[k];
     // Columns of 16 elements: the masks are the same for all rows. A masked load touches no masked-out float.
     for (int64_t j = 0; j < copy.width; j += 16) {
       const int64_t first_input = j - copy.before;  // negative among the zeros
@@ -130,6 +132,7 @@ struct Avx512 {
           x[k] = zero();
           if (rows.from[k] == nullptr) continue;
           const float* row = rows.from[k] + r * copy.from_stride;
+          _mm_prefetch(reinterpret_cast<const char*>(next[k] + r * copy.from_stride + begin), _MM_HINT_T0);
           if (copy.stride <= 2) {
             x[k] = _mm512_maskz_loadu_ps(low, row + begin);
             if (copy.stride == 2) {

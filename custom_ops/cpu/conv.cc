@@ -23,6 +23,9 @@ constexpr int64_t kPanelPixels = 28 * 28;
 constexpr int64_t kItemsPerThread = 16;
 // Strips that each thread should find where it makes the panels of its own.
 constexpr int64_t kStagesPerThread = 2;
+// While a channel (or those of an element) is copied into a panel, one is fetched that comes so many floats later, and at
+// most so many channels: of small maps not the next one, as a line may take 200 ns from another core.
+constexpr int64_t kFetchedAhead = 1024, kMostAhead = 16;
 constexpr size_t kMaxPlans = 8;
 // Floats after the packed weights that prefetches may name.
 constexpr size_t kPrefetchPadding = 8192;
@@ -778,12 +781,16 @@ struct ConvKernel::Work {
       left_side[p] = (last.pixel + p) % width == 0;
       right_side[p] = (last.pixel + p + 1) % width == 0 && a.strides[2] == 1;
     }
+    const int64_t ahead = std::clamp<int64_t>(kFetchedAhead / std::max<int64_t>(1, strip.rows * inner), 1, kMostAhead);
     for (int64_t u = begin; u < end; ++u) {
-      const PackedRows from = rows_of(image, kernel.used_[static_cast<size_t>(u)]);
+      PackedRows from = rows_of(image, kernel.used_[static_cast<size_t>(u)]);
       float* to = panel + kPanelSlack + u * plan.channel_stride;
       // Channels are too far from each other for the processor to guess. (Elements that fill up a block have none.)
-      const float* following = u + 1 < end ? rows_of(image, kernel.used_[static_cast<size_t>(u) + 1]).from[0] : nullptr;
-      const int64_t next = following != nullptr && from.from[0] != nullptr ? following - from.from[0] : 0;
+      if (u + ahead < end) {
+        const PackedRows later = rows_of(image, kernel.used_[static_cast<size_t>(u + ahead)]);
+        std::copy(std::begin(later.from), std::end(later.from), from.next);
+      }
+      const int64_t next = from.next[0] != nullptr && from.from[0] != nullptr ? from.next[0] - from.from[0] : 0;
       for (const Plan::Phase& phase : plan.phases) {
         const int64_t rows = strip.rows + phase.extra_rows;
         // Row q of the phase is the input's row first + q * stride.
@@ -879,8 +886,9 @@ struct ConvKernel::Work {
       return;
     }
     PackedRows moved = from;
-    for (const float*& channel : moved.from) {
-      if (channel != nullptr) channel += start;
+    for (int k = 0; k < kMostPacked; ++k) {
+      if (moved.from[k] != nullptr) moved.from[k] += start;
+      if (moved.next[k] != nullptr) moved.next[k] += start;
     }
     kernel.kernels_.pack_rows(to, moved, copy);
   }

@@ -174,6 +174,7 @@ struct PoolRows {
 // block of odd width; its weights are zero).
 struct PackedRows {
   const float* from[kMostPacked];
+  const float* next[kMostPacked];  // where a later element has it, which may be fetched ahead; null for nowhere
   Quantization quantized;  // kInt8 only
 };
 
