@@ -31,6 +31,7 @@ from scipy import linalg
 
 from tetris_onnx.algorithms.coupling import Coupling, Rows, can_couple
 from tetris_onnx.algorithms.threads import run_threads
+from tetris_onnx.algorithms.triangular import mirror_upper
 
 # To choose blocks with. The weights are fitted with the best of several (see `LayerSamples.refit`).
 DAMPING = 0.1
@@ -151,9 +152,8 @@ class LayerSamples:
         """The inverse of H."""
         upper, failed = linalg.lapack.dpotri(cholesky(self.hessian)[0], lower=0, overwrite_c=1)
         assert not failed
-        inverse = np.triu(upper)
-        inverse += np.triu(upper, 1).T
-        return inverse
+        mirror_upper(upper)
+        return upper.T  # laid out as numpy's other matrices are
 
     @cached_property
     def fitted(self) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""Inverses of triangular matrices out of matrix products, which numpy computes fast and beside other threads."""
+"""Triangular matrices, by blocks. Inverses are matrix products, which numpy computes fast and beside other threads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _SMALL = 64  # matrices of so many rows are inverted at once
+_MIRRORED = 256  # rows of a block that is transposed within the caches
 
 
 def inverse_of_lower(factor: NDArray) -> NDArray:
@@ -19,3 +20,14 @@ def inverse_of_lower(factor: NDArray) -> NDArray:
     inverse[:half, :half], inverse[half:, half:] = first, second
     inverse[half:, :half] = -(second @ factor[half:, :half]) @ first
     return inverse
+
+
+def mirror_upper(matrix: NDArray) -> None:
+    """Make a matrix [n, n] symmetric, in place: what is below the diagonal becomes what is above it."""
+    n = len(matrix)
+    for start in range(0, n, _MIRRORED):
+        end = min(start + _MIRRORED, n)
+        block = matrix[start:end, start:end]
+        block[...] = np.triu(block) + np.triu(block, 1).T
+        for after in range(end, n, _MIRRORED):
+            matrix[after : after + _MIRRORED, start:end] = matrix[start:end, after : after + _MIRRORED].T
