@@ -185,7 +185,8 @@ def test_open_sizes_are_those_given_or_those_of_the_samples(monkeypatch: pytest.
         runs.clear()
         result = optimize(model, CONFIG, **options)  # type: ignore[arg-type]
         assert [row.macs for row in result.report.layers] == macs
-        assert runs[-1] == {"x": (1, 3, 48, 32)}, "verified on random inputs of this shape"
+        # Samples are of one size: random inputs may be of another, where the model takes it.
+        assert runs == ([{"x": (1, 3, 48, 32)}] if "shapes" in options else [None, None])
         assert not any("size of 224" in note for note in result.report.notes)
         dims = result.model.graph.input[0].type.tensor_type.shape.dim
         assert [d.dim_param or d.dim_value for d in dims] == ["N", 3, "H", "W"], "the result takes other sizes, too"

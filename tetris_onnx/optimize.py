@@ -187,9 +187,9 @@ def optimize(
                 raise CalibrationError("the accuracy that max_drop limits needs labeled samples")
             calibration, labeled = split(calibration, inputs)
         samples = None if calibration is None else calibration.samples
-        shapes = _open_shapes(shapes, samples, inputs)
-        if shapes:
-            set_sizes(prepared, shapes)
+        sizes = _open_shapes(shapes, samples, inputs)
+        if sizes:
+            set_sizes(prepared, sizes)
         problem = Problem(prepared, proto, machine, samples, progress)
         if max_drop is None:
             decision = problem.decide(config, plan)
