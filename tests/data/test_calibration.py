@@ -253,6 +253,8 @@ def test_shapes_that_the_inputs_cannot_have_are_refused() -> None:
     for shapes, message in (
         ({"x": (1, 1, 5, 6)}, "shape 1x1x5x6 does not fit the model input x: float32"),
         ({"x": (1, 3, 5)}, "shape 1x3x5 does not fit"),
+        ({"x": (1, 3, 0, 6)}, "shape 1x3x0x6 does not fit"),
+        ({"x": (1, 3, 5, -6)}, "shape 1x3x5x-6 does not fit"),
         ({"y": (1, 3, 5, 6)}, "no input 'y'; the model has the input x: float32"),
     ):
         with pytest.raises(CalibrationError, match=re.escape(message)):

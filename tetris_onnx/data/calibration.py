@@ -356,7 +356,7 @@ def _check_names(shapes: Shapes, inputs: Sequence[InputSpec]) -> None:
 def _concrete_shape(spec: InputSpec, n: int, given: Sequence[int] | None, size: int) -> tuple[int, ...]:
     if given is not None:
         fits = len(given) == len(spec.shape) and all(
-            not isinstance(wanted, int) or wanted == g for wanted, g in zip(spec.shape, given, strict=True)
+            g > 0 and (not isinstance(wanted, int) or wanted == g) for wanted, g in zip(spec.shape, given, strict=True)
         )
         if not fits:
             raise CalibrationError(f"shape {'x'.join(map(str, given))} does not fit the model input {spec}")
