@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tetris_onnx.algorithms.refit import _DAMPINGS as DAMPINGS
-from tetris_onnx.algorithms.refit import LayerSamples
+from tetris_onnx.algorithms.refit import CLIP_ROUNDS, LayerSamples
 
 FEATURES, OUT = 12, 5
 
@@ -96,6 +96,18 @@ def test_refit_before_a_relu_lowers_the_error_behind_it() -> None:
         return float(((np.maximum(u @ fitted.T + bias, 0) - wanted) ** 2).mean())
 
     assert error((0, np.inf)) < 0.98 * error((-np.inf, np.inf))
+
+
+def test_every_round_lowers_what_bounds_the_error_behind_a_relu() -> None:
+    u, y, weight = problem()
+    samples, keep = LayerSamples(u, y, weight, damping=1e-9), random_keep()
+    errors = []
+    for rounds in (0, 1, 2, CLIP_ROUNDS):
+        fitted, bias = samples.refit(keep, (0, np.inf), clip_rounds=rounds)
+        outputs = u @ fitted.T + bias
+        errors.append(float((np.where(y > 0, outputs - y, np.maximum(outputs, 0)) ** 2).mean()))
+    assert errors[0] > errors[1] > errors[2] > errors[3]
+    np.testing.assert_array_equal(samples.refit(keep, clip_rounds=0)[0], samples.refit(keep)[0])  # nothing clips
 
 
 def test_refit_before_a_clip_lowers_the_error_behind_it() -> None:

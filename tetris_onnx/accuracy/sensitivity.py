@@ -46,6 +46,7 @@ _ROWS_BEHIND = 2048
 _STARTS: tuple[Start, ...] = ("sorted", "random", "shaken", "shaken")
 _HELD_OUT = 4  # one in so many samples is measured on
 _MOST_HELD_OUT = 32
+_CLIP_ROUNDS = 2  # of the fits: fewer than for the result say enough
 _TINY = 1e-12
 
 
@@ -237,7 +238,7 @@ def _fit(
 ) -> tuple[NDArray, NDArray]:
     """The best weight, as the layer's node stores it, and bias; zeros where ``keep`` says."""
     keep = np.ones((layer.weight_shape[0], problem.features), bool) if keep is None else keep
-    weight, bias = problem.refit(keep, bounds, workers=config.workers)
+    weight, bias = problem.refit(keep, bounds, workers=config.workers, clip_rounds=_CLIP_ROUNDS)
     kind = layer.weight.dtype
     return layer.stored(weight.reshape(layer.weight_shape).astype(kind)), bias.astype(kind)
 

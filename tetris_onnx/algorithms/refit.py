@@ -24,6 +24,7 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +39,7 @@ DAMPING = 0.1
 _DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 100.0)
 _PARTS = 16  # of a large product
 _HELD_OUT = 4  # one in so many inputs of the network
-_CLIP_ITERATIONS = 4  # in which targets beyond what clips are renewed
+CLIP_ROUNDS = 4  # in which targets beyond what clips are renewed
 _COUPLINGS = 2  # so many of them with all outputs together
 # Sets of rows with one support: small ones are fitted together, up to so many rows and bytes of factors, and of more
 # than so many sets some say for all which damping is best.
@@ -71,11 +72,8 @@ class LayerSamples:
         self.mean_in = self._mean(u)
         self.mean_out = self._mean(y)
         # Products are in the samples' float32: their rounding is far below the damping.
-        self.u = u - self.mean_in.astype(u.dtype)
-        self.y = y - self.mean_out.astype(y.dtype)
-        if self._share is not None:
-            self.u *= np.sqrt(self._share)
-            self.y *= np.sqrt(self._share)
+        root = None if self._share is None else np.sqrt(self._share)
+        self.u, self.y = _centered(u, self.mean_in, root), _centered(y, self.mean_out, root)
         self.weight = weight
         self.inputs = inputs or len(u)
         # The sum of the outputs' variances.
@@ -204,12 +202,13 @@ class LayerSamples:
         choose_damping: bool = False,
         workers: int | None = None,
         metric: NDArray | None = None,
+        clip_rounds: int = CLIP_ROUNDS,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The best weights that are zero outside ``keep`` (both [out, features]), and the bias [out] with them.
 
         ``bounds``: where the next operator clips (0 and inf for a ReLU), numbers or arrays [n, out]. Outputs that the
-        dense layer has beyond them may be anything beyond them: targets there follow the fit, which lowers the error
-        after the clip in every iteration (majorize and minimize).
+        dense layer has beyond them may be anything beyond them: targets there follow the fit, which lowers a bound of
+        the error after the clip in each of ``clip_rounds`` (majorize and minimize).
 
         ``choose_damping``: take, for each set of rows with one support, the damping whose weights fit held-out samples
         and their means over an input best; where there are many sets, the mean of some of them for all. One in four
@@ -261,7 +260,7 @@ class LayerSamples:
             weight = solve(None)
             if clipped and u is not None:
                 renew = targets(rows)
-                for _ in range(_CLIP_ITERATIONS - (_COUPLINGS if coupled else 0)):
+                for _ in range(clip_rounds - (_COUPLINGS if coupled else 0)):
                     target, mean = renew(u @ weight.T.astype(u.dtype) / root, mean)
                     weight = solve(target)
             whole = np.zeros((rows.size, self.features))
@@ -464,6 +463,21 @@ def cholesky(matrix: NDArray) -> tuple[NDArray, bool]:
     By numpy, which lets other threads run meanwhile; scipy's does not. Transposed, it is laid out as LAPACK wants it.
     """
     return np.linalg.cholesky(matrix).T, False
+
+
+def _centered(values: NDArray, mean: NDArray[np.float64], root: NDArray | None) -> NDArray:
+    """``values`` [n, ...] less their ``mean``, times ``root`` [n, 1] if there is one, in threads."""
+    result = np.empty_like(values)
+
+    def fill(start: int, end: int) -> None:
+        part = result[start:end]
+        np.subtract(values[start:end], mean.astype(values.dtype), out=part)
+        if root is not None:
+            part *= root[start:end]
+
+    ends = [len(values) * i // _PARTS for i in range(_PARTS + 1)]
+    run_threads(fill, pairwise(ends))
+    return result
 
 
 def _gram(u: NDArray) -> NDArray:
