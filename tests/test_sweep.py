@@ -24,7 +24,7 @@ from tetris_onnx import sweep as module
 from tetris_onnx.accuracy.compare import compare
 from tetris_onnx.cli.main import run
 from tetris_onnx.config import ConfigError
-from tetris_onnx.data.calibration import Data
+from tetris_onnx.data.calibration import CalibrationError, Data
 from tetris_onnx.sweep import (
     Outcome,
     Setting,
@@ -232,6 +232,9 @@ def test_open_sizes_may_be_given(tmp_path: Path, made_up_times: list[Path]) -> N
     plain = found(sweep(tmp_path / "open.onnx", setting, tmp_path / "a", QUICK, jobs=1))
     sized = found(sweep(tmp_path / "open.onnx", setting, tmp_path / "b", QUICK, jobs=1, shapes={"x": (1, 8, 6, 6)}))
     assert plain[setting[0].name].macs is None and 0.7 < (sized[setting[0].name].macs or 0) < 0.9
+    with pytest.raises(CalibrationError, match="shape 1x3x6x6 does not fit"):
+        sweep(tmp_path / "open.onnx", setting, tmp_path / "c", QUICK, jobs=1, shapes={"x": (1, 3, 6, 6)})
+    assert not (tmp_path / "c").exists()
 
 
 def test_a_folder_of_other_files_is_left_alone(model: Path, tmp_path: Path) -> None:

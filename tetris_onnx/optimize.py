@@ -276,17 +276,14 @@ def _open_shapes(given: Shapes | None, samples: Samples | None, inputs: Sequence
     """
     given = given or {}
     check_shapes(given, inputs)
-    if samples is None:
-        return given
+    found = given if samples is None else {spec.name: samples[spec.name].shape for spec in inputs}
     for name, shape in given.items():
-        found = samples[name].shape
-        if tuple(shape[1:]) != found[1:]:
+        if tuple(shape[1:]) != tuple(found[name][1:]):
             raise CalibrationError(
                 f"the shape given for {name!r} is {'x'.join(map(str, shape))}, but its samples are "
-                f"{'x'.join(map(str, (1, *found[1:])))}: give one of the two"
+                f"{'x'.join(map(str, (1, *found[name][1:])))}: give one of the two"
             )
-    batch = fixed_batch(inputs) or 1
-    return {spec.name: (batch, *samples[spec.name].shape[1:]) for spec in inputs if is_open(spec)}
+    return {spec.name: found[spec.name] for spec in inputs if spec.name in found and is_open(spec)}
 
 
 def _fitted_machine(clock: _Clock) -> Machine:

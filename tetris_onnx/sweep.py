@@ -33,7 +33,7 @@ from tetris_onnx import __version__
 from tetris_onnx.accuracy.compare import compare
 from tetris_onnx.algorithms.allocation import BudgetError
 from tetris_onnx.config import Config, parse_block_size
-from tetris_onnx.data.calibration import Data, Shapes, fixed_batch, model_inputs
+from tetris_onnx.data.calibration import Data, Shapes, check_shapes, fixed_batch, model_inputs
 from tetris_onnx.errors import TetrisError
 from tetris_onnx.graph import io
 from tetris_onnx.optimize import optimize
@@ -212,6 +212,7 @@ def sweep(
         raise SweepError("a sweep varies the sparsity and times on the processor: leave out target cuda and speedup")
     proto = io.raise_opset(io.load(model))
     inputs = model_inputs(proto)
+    check_shapes(shapes or {}, inputs)  # before there is a folder of this shape
     judged = data if data is not None else calibration and replace(calibration, labels=None)
     content = np.frombuffer(proto.SerializeToString(deterministic=True), np.uint8)
     work = _Work(content, calibration, judged, config, load_machine(), shapes)
