@@ -15,6 +15,7 @@ import pytest
 from models import Net, block_sparse_nodes, op_counts, random_feed, relative_error, run
 from tetris_onnx import runtime
 from tetris_onnx.accuracy import verification
+from tetris_onnx.accuracy.compare import compare
 from tetris_onnx.accuracy.verification import VerificationError, verify
 from tetris_onnx.config import Config, LayerRule
 from tetris_onnx.data.calibration import CalibrationError, Data
@@ -195,6 +196,40 @@ def test_open_sizes_are_those_given_or_those_of_the_samples(monkeypatch: pytest.
     with pytest.raises(CalibrationError, match=r"given for 'x' is 1x3x48x32, but its samples are 1x3x32x48"):
         wide = {"x": np.ones((4, 3, 32, 48), np.float32)}
         optimize(model, CONFIG, calibration=wide, shapes={"x": (1, 3, 48, 32)})
+
+
+def recurrent_step(batch: int | str) -> onnx.ModelProto:
+    """A step of a stream: a convolution of the new frames, and a state [2, batch, 64] of two layers."""
+    net = Net()
+    x, state = net.input("x", [batch, 32, 24]), net.input("state", [2, batch, 64])
+    a = net.op("Relu", net.op("Conv", x, net.weight(64, 32, 3), pads=[1, 1], kernel_shape=[3]))
+    a = net.op(
+        "ReduceMean", net.op("Conv", a, net.weight(64, 64, 3), pads=[1, 1], kernel_shape=[3]), axes=[2], keepdims=0
+    )
+    last = net.op("Gather", state, net.constant(np.int64(1)), axis=0)
+    net.output(net.op("Tanh", net.op("Add", a, last)), shape=[batch, 64])
+    return net.build()
+
+
+@pytest.mark.parametrize("batch", [1, "N"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"refine": 2}, {"allocation": "global"}, {"precision": "int8"}, {"augment": 1}],
+    ids=["refit", "refine", "global", "int8", "augment"],
+)
+def test_a_model_with_a_state(batch: int | str, options: dict) -> None:
+    model, rng = recurrent_step(batch), np.random.default_rng(0)
+    samples = {
+        "x": rng.standard_normal((48, 32, 24), np.float32),
+        "state": rng.standard_normal((2, 1, 64), np.float32),
+    }
+    result = optimize(model, replace(CONFIG, **options), calibration=samples)
+    assert len(result.plan) == (1 if options.get("allocation") == "global" else 2)
+    assert result.report.importance == "hessian"
+    compared = compare(model, result.model, Data("the samples", samples))
+    assert compared.samples == 48
+    assert 1e-4 < compared.outputs[0].relative < 0.9
+    assert len(optimize(model, CONFIG).plan) == 2, "random inputs, too"
 
 
 @pytest.mark.parametrize("model", [b"bytes", None, 3])

@@ -20,6 +20,7 @@ from tetris_onnx.data.calibration import (
     batches,
     check_shapes,
     count,
+    fixed_batch,
     is_open,
     load_labels,
     load_samples,
@@ -244,6 +245,48 @@ def test_an_open_size_is_searched_for_by_running() -> None:
     with pytest.raises(CalibrationError, match=r"give a data file, or the shape \(.*\); it said: no way$"):
         runnable_samples(never, [spec], 2)
     assert runnable_samples(never, [IMAGE], 2)["x"].shape == (2, 3, 4, 4), "nothing to search for"
+
+
+def inputs_of(**shapes: tuple[int | str | None, ...]) -> tuple[InputSpec, ...]:
+    """As they are read off a model."""
+    tensors = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, dims) for name, dims in shapes.items()]
+    return model_inputs(onnx.helper.make_model(onnx.helper.make_graph([], "g", tensors, [])))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "whole", "batch"),
+    [
+        ({"x": ("N", 4), "y": ("N", 2)}, set(), None),
+        ({"x": (1, 4), "y": (1, 2)}, set(), 1),
+        ({"x": ("N", 4), "flag": ()}, {"flag"}, None),
+        ({"flag": (), "x": (3, 4), "y": ("N", 2)}, {"flag"}, 3),
+        # A state of two layers.
+        ({"x": (1, 4), "state": (2, 1, 8)}, {"state"}, 1),
+        ({"x": ("N", "T", 4), "state": (2, "N", 8)}, {"state"}, 1),
+        ({"x": ("N", 4), "state": ("layers", "N", 8)}, {"state"}, 1),
+        # Time first: the first axis is still the one that counts.
+        ({"x": ("T", "N", 4), "length": ("N",)}, set(), None),
+        ({"x": (None, 4), "y": (2, None)}, set(), 2),
+    ],
+)
+def test_which_inputs_have_samples_in_front(shapes: dict, whole: set[str], batch: int | None) -> None:
+    inputs = inputs_of(**shapes)
+    assert {spec.name for spec in inputs if spec.whole} == whole
+    assert fixed_batch(inputs) == batch
+
+
+def test_a_state_is_taken_whole() -> None:
+    inputs = inputs_of(x=("N", 3), state=(2, "N", 4))
+    samples = random_samples(inputs, 5)
+    assert {name: array.shape for name, array in samples.items()} == {"x": (5, 3), "state": (2, 1, 4)}
+    assert count(samples, inputs) == 5
+    runs = [feed for _, feed in batches(samples, inputs, batch=4)]
+    assert [feed["x"].shape for feed in runs] == [(1, 3)] * 5
+    assert all(feed["state"] is samples["state"] for feed in runs)
+    loaded = load_samples(samples, inputs)
+    np.testing.assert_array_equal(loaded["state"], samples["state"])
+    with pytest.raises(CalibrationError, match=r"'state' is float32 \[5, 1, 4\].*; all axes have to match"):
+        load_samples(samples | {"state": np.zeros((5, 1, 4), np.float32)}, inputs)
 
 
 def test_shapes_that_the_inputs_cannot_have_are_refused() -> None:

@@ -67,7 +67,7 @@ class Activations:
         self._values: tuple[dict[str, NDArray], dict[str, NDArray]] = (dict(samples), {})
         # All batches have one size, so that a value computed from the size of a batch (a Shape) fits the others too.
         self._batch = fixed_batch(self._inputs) or max(b for b in range(1, _BATCH + 1) if self._count % b == 0)
-        self._sliced = {spec.name for spec in self._inputs if spec.shape}  # values with one part per batch
+        self._sliced = {spec.name for spec in self._inputs if not spec.whole}  # values with one part per batch
         self._wanted: set[str] = set()  # what the current layer is asked for
         self._memory = memory
 

@@ -258,7 +258,7 @@ def _common_inputs(names: Sequence[str], specs: Sequence[Sequence[InputSpec]]) -
         shape = tuple(d if isinstance(d, int) else e for d, e in zip(ours.shape, theirs.shape, strict=True))
         if any(isinstance(e, int) and d != e for d, e in zip(shape, theirs.shape, strict=True)):
             raise different
-        common.append(InputSpec(ours.name, ours.dtype, shape))
+        common.append(InputSpec(ours.name, ours.dtype, shape, ours.unbatched or theirs.unbatched))
     return tuple(common)
 
 

@@ -41,16 +41,14 @@ def with_copies(samples: Samples, inputs: tuple[InputSpec, ...], copies: int, se
 
 def image_inputs(samples: Samples, inputs: tuple[InputSpec, ...]) -> list[str]:
     """The names of the inputs that are images."""
-    return [spec.name for spec in inputs if _is_image(samples[spec.name])]
+    return [spec.name for spec in inputs if not spec.whole and _is_image(samples[spec.name])]
 
 
 def mirrored_or_shifted(samples: Samples, inputs: tuple[InputSpec, ...], rng: np.random.Generator) -> Samples:
     """Images mirrored at random and shifted by a few pixels, edges repeated; other inputs as they are."""
     varied = dict(samples)
-    for spec in inputs:
-        array = samples[spec.name]
-        if not _is_image(array):
-            continue
+    for name in image_inputs(samples, inputs):
+        array = samples[name]
         height, width = _axes(array)
         mirrored = rng.random(len(array)) < 0.5
         array = array.copy()
@@ -59,7 +57,7 @@ def mirrored_or_shifted(samples: Samples, inputs: tuple[InputSpec, ...], rng: np
             size = array.shape[axis]
             shift = int(rng.integers(-(size // _SHIFT), size // _SHIFT + 1))
             array = np.take(array, np.clip(np.arange(size) + shift, 0, size - 1), axis)
-        varied[spec.name] = array
+        varied[name] = array
     return varied
 
 

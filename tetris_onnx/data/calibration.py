@@ -2,9 +2,9 @@
 
 A file is an ``.npz`` with one array per model input, by the input's name, or an ``.npy`` for a model with one input; a
 mapping of arrays and a single array stand for the same.
-The first axis counts the samples. Values are what the model expects, already scaled: nothing here rescales, and
-integers for an input of floats are an error, since they are most likely an image that still has to be scaled. Labels
-(`load_labels`) may be in the same file.
+The first axis counts the samples, but for inputs that every run takes whole (`InputSpec.whole`). Values are what the
+model expects, already scaled: nothing here rescales, and integers for an input of floats are an error, since they are
+most likely an image that still has to be scaled. Labels (`load_labels`) may be in the same file.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import math
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from tetris_onnx.errors import TetrisError
 
-Samples: TypeAlias = dict[str, NDArray]  # one array per model input, first axis = samples
+Samples: TypeAlias = dict[str, NDArray]  # one array per model input, first axis = samples unless taken whole
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
 Source: TypeAlias = str | Path | Mapping[str, NDArray] | NDArray  # a file or folder, arrays by name, or a single one
 
@@ -58,6 +58,12 @@ class InputSpec:
     name: str
     dtype: np.dtype
     shape: tuple[int | str | None, ...]  # a name or None where the model leaves the size open
+    unbatched: bool = False  # the first axis does not count samples
+
+    @property
+    def whole(self) -> bool:
+        """Whether each run takes all of it: a scalar, or a state that does not belong to single samples."""
+        return self.unbatched or not self.shape
 
     def __str__(self) -> str:
         """``x: float32 [N, 3, 224, 224]``."""
@@ -66,7 +72,7 @@ class InputSpec:
 
 def session_inputs(session: Any) -> tuple[InputSpec, ...]:
     """The inputs of an onnxruntime session. Raises `CalibrationError` for one that is no tensor of numbers."""
-    return tuple(
+    return _told_apart(
         InputSpec(value.name, _session_dtype(value.name, value.type), _shape(value.shape))
         for value in session.get_inputs()
     )
@@ -87,7 +93,34 @@ def model_inputs(model: onnx.ModelProto) -> tuple[InputSpec, ...]:
         ]
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)
         specs.append(InputSpec(value.name, np.dtype(dtype), _shape(dims)))
-    return tuple(specs)
+    return _told_apart(specs)
+
+
+def _told_apart(specs: Iterable[InputSpec]) -> tuple[InputSpec, ...]:
+    """Mark the inputs without an axis of samples in front, such as the state [layers, batch, ...] of recurrent layers.
+
+    The first axis of the first array counts the samples. Another array has none where the model fixes its first axis at
+    another size, or where the samples' axis, by its name, comes later; samples run one at a time then.
+    """
+    specs = tuple(specs)
+    batch = next((spec.shape[0] for spec in specs if spec.shape), None)
+
+    def behind(spec: InputSpec) -> bool:
+        return isinstance(batch, str) and batch in spec.shape[1:] and spec.shape[0] != batch
+
+    if any(behind(spec) for spec in specs):
+        one = {batch: 1}
+        shapes = [tuple(one.get(size, size) for size in spec.shape) for spec in specs]
+    else:
+        shapes = [spec.shape for spec in specs]
+    return tuple(
+        replace(spec, shape=shape, unbatched=behind(spec) or (bool(shape) and _differ(shape[0], batch)))
+        for spec, shape in zip(specs, shapes, strict=True)
+    )
+
+
+def _differ(size: int | str | None, other: int | str | None) -> bool:
+    return isinstance(size, int) and isinstance(other, int) and size != other
 
 
 def load_samples(source: Source, inputs: Sequence[InputSpec]) -> Samples:
@@ -97,12 +130,12 @@ def load_samples(source: Source, inputs: Sequence[InputSpec]) -> Samples:
     Raises `CalibrationError` saying what was found and what was expected.
     """
     parts = [_select(file, found, arrays, inputs) for file, found, arrays in _read(source, _names(inputs))]
-    samples = {spec.name: np.concatenate([part[spec.name] for part in parts]) for spec in inputs if spec.shape}
+    samples = {spec.name: np.concatenate([part[spec.name] for part in parts]) for spec in inputs if not spec.whole}
     counts = {name: len(array) for name, array in samples.items()}
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{name} has {n}" for name, n in counts.items())
         raise CalibrationError(f"{source_name(source)}: every input needs the same number of samples, but {found}")
-    return samples | {spec.name: parts[0][spec.name] for spec in inputs if not spec.shape}
+    return samples | {spec.name: parts[0][spec.name] for spec in inputs if spec.whole}
 
 
 def load_labels(source: Source, inputs: Sequence[InputSpec]) -> NDArray[np.int64] | None:
@@ -207,24 +240,24 @@ def batches(samples: Samples, inputs: Sequence[InputSpec], batch: int) -> Iterat
 
 
 def select(samples: Samples, inputs: Sequence[InputSpec], which: slice | NDArray) -> Samples:
-    """Some of the samples, by a slice, their numbers or a mask; inputs that are scalars stay as they are."""
-    scalars = {spec.name for spec in inputs if not spec.shape}
-    return {name: array if name in scalars else array[which] for name, array in samples.items()}
+    """Some of the samples, by a slice, their numbers or a mask; inputs that runs take whole stay as they are."""
+    whole = {spec.name for spec in inputs if spec.whole}
+    return {name: array if name in whole else array[which] for name, array in samples.items()}
 
 
 def fixed_batch(inputs: Sequence[InputSpec]) -> int | None:
     """The number of samples that the model takes at a time, or None where it is open."""
-    return next((spec.shape[0] for spec in inputs if spec.shape and isinstance(spec.shape[0], int)), None)
+    return next((spec.shape[0] for spec in inputs if not spec.whole and isinstance(spec.shape[0], int)), None)
 
 
 def count(samples: Samples, inputs: Sequence[InputSpec]) -> int:
     """The number of samples (1 for a model whose inputs are all scalars)."""
-    return next((len(samples[spec.name]) for spec in inputs if spec.shape), 1)
+    return next((len(samples[spec.name]) for spec in inputs if not spec.whole), 1)
 
 
 def is_open(spec: InputSpec) -> bool:
     """Whether the model leaves a size of the input open, other than the batch."""
-    return any(not isinstance(size, int) for size in spec.shape[1:])
+    return any(not isinstance(size, int) for size in spec.shape[0 if spec.whole else 1 :])
 
 
 def check_shapes(shapes: Shapes, inputs: Sequence[InputSpec]) -> None:
@@ -322,11 +355,14 @@ def _select(file: str, found: Sequence[str], arrays: Samples, inputs: Sequence[I
 def _fit(file: str, array: NDArray, spec: InputSpec) -> NDArray:
     """The array in the type of the input, or a `CalibrationError`."""
     found = f"{file}: {spec.name!r} is {array.dtype} {list(array.shape)}, the model input is {spec}"
+    first = 0 if spec.whole else 1
     fits = array.ndim == len(spec.shape) and all(
-        not isinstance(wanted, int) or wanted == n for wanted, n in zip(spec.shape[1:], array.shape[1:], strict=True)
+        not isinstance(wanted, int) or wanted == n
+        for wanted, n in zip(spec.shape[first:], array.shape[first:], strict=True)
     )
     if not fits:
-        raise CalibrationError(f"{found}; the first axis counts the samples, the others have to match")
+        rule = "all axes have" if spec.whole else "the first axis counts the samples, the others have"
+        raise CalibrationError(f"{found}; {rule} to match")
     if array.size == 0:
         raise CalibrationError(f"{found}; there are no samples in it")
     if array.dtype == spec.dtype:
@@ -362,7 +398,7 @@ def _concrete_shape(spec: InputSpec, n: int, given: Sequence[int] | None, size: 
             raise CalibrationError(f"shape {'x'.join(map(str, given))} does not fit the model input {spec}")
     shape: list[int] = []
     for axis, wanted in enumerate(spec.shape):
-        if axis == 0:
+        if axis == 0 and not spec.whole:
             step = wanted if isinstance(wanted, int) else 1
             shape.append(-(-n // step) * step)
         elif isinstance(wanted, int):

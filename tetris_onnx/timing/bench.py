@@ -28,6 +28,7 @@ from tetris_onnx.data.calibration import (
     Shapes,
     load_samples,
     runnable_samples,
+    select,
     session_inputs,
 )
 from tetris_onnx.errors import TetrisError
@@ -258,8 +259,8 @@ def _feeds(
         samples = load_samples(data, inputs[0])
     else:
         samples = runnable_samples(lambda one: run(sessions[0], one, names[0]), inputs[0], batch, seed, shapes)
-    feed = {spec.name: samples[spec.name][:batch] if spec.shape else samples[spec.name] for spec in inputs[0]}
-    for spec in (spec for specs in inputs for spec in specs if spec.shape):
+    feed = select(samples, inputs[0], slice(batch))
+    for spec in (spec for specs in inputs for spec in specs if not spec.whole):
         if isinstance(spec.shape[0], int) and spec.shape[0] != batch:
             raise BenchError(f"batch {batch}: the model takes batches of {spec.shape[0]} only (input {spec})")
         if len(feed[spec.name]) != batch:
