@@ -58,6 +58,45 @@ def test_eliminate_blocks_drops_the_cheapest_and_tells_its_exact_cost() -> None:
         before = after
 
 
+@pytest.mark.parametrize(("count", "size"), [(12, 3), (9, 70), (70, 2)])
+def test_eliminate_blocks_looks_at_all_that_might_be_the_cheapest(count: int, size: int) -> None:
+    """Features so alike that a drop makes others much dearer: costs of an earlier step say little."""
+    rng = np.random.default_rng(0)
+    d, rows = count * size, 4
+    u = rng.standard_normal((3 * d, d // 3)) @ rng.standard_normal((d // 3, d)) + 0.3 * rng.standard_normal((3 * d, d))
+    inverse = np.linalg.inv(u.T @ u / len(u) + 0.01 * np.eye(d))
+    weight = rng.standard_normal((rows, d)) * rng.uniform(0.2, 2, d)
+    blocks = [np.arange(i * size, (i + 1) * size) for i in range(count)]
+    order, costs = eliminate_blocks(*by_blocks(inverse, weight, blocks))
+    # The plain way, in float64: every block's cost at every step, from the whole inverse.
+    live, dropped, told = list(range(count)), 0, iter(costs)
+    changed = 0
+    first: list[int] | None = None
+    while live:
+        cost = {
+            i: float(
+                np.sum(
+                    weight[:, blocks[i]]
+                    * np.linalg.solve(inverse[np.ix_(blocks[i], blocks[i])], weight[:, blocks[i]].T).T
+                )
+            )
+            for i in live
+        }
+        ranked = sorted(live, key=cost.__getitem__)
+        first = first or ranked
+        some = ranked[: max(1, len(live) // 32)]
+        assert order[dropped : dropped + len(some)].tolist() == some
+        changed += some != first[dropped : dropped + len(some)]
+        gone = np.concatenate([blocks[i] for i in some])
+        part = np.linalg.solve(inverse[np.ix_(gone, gone)], np.hstack([inverse[gone], weight[:, gone].T]))
+        total = float(np.sum(part[:, d:] * weight[:, gone].T))
+        assert sum(next(told) for _ in some) == pytest.approx(total, rel=1e-3)  # float32 products
+        weight, inverse = weight - (inverse[:, gone] @ part[:, d:]).T, inverse - inverse[:, gone] @ part[:, :d]
+        live = [i for i in live if i not in some]
+        dropped += len(some)
+    assert changed > count // 4, "the order of the first step would not do"
+
+
 def test_eliminate_blocks_of_uneven_sizes_stops_where_asked() -> None:
     samples = layer()
     blocks = [np.arange(0, 10), np.arange(10, 12), np.arange(12, 18)]

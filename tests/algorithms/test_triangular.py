@@ -17,6 +17,13 @@ def test_the_inverse_of_a_lower_triangle(n: int) -> None:
     assert not np.triu(inverse, 1).any()
 
 
+def test_a_stack_of_triangles_is_inverted_one_by_one() -> None:
+    stack = np.tril(np.random.default_rng(0).uniform(-1, 1, (2, 3, 90, 90))) / 90 + np.eye(90)
+    inverse = inverse_of_lower(stack)
+    for index in np.ndindex(2, 3):
+        np.testing.assert_array_equal(inverse[index], inverse_of_lower(stack[index]))
+
+
 @pytest.mark.parametrize("n", [1, 256, 257, 700])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_what_is_above_the_diagonal_is_mirrored(n: int, order: str) -> None:

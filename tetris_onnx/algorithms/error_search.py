@@ -14,6 +14,7 @@ the error is not taken.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -33,6 +34,7 @@ _MANY = 32  # of so many blocks, one at a time is dropped; of more, as large a s
 # poor local optima (ResNet-20: up to 6 % of a layer's error). Block rows times cubed features, see _prune.
 _MOST_SHAKES = 8
 _SHAKING_WORK = 10**10
+_threads = threading.local()  # what `_scratch` holds
 _LEAST_GAIN = 0.03  # share of the error that an iteration has to save for another one to follow
 
 
@@ -113,44 +115,67 @@ def eliminate_blocks(
 
     With the features J dropped and ``L L^T = A_JJ`` (A the inverse), the inverse for the rest is ``A - V^T V`` with
     ``V = inv(L) A_J`` and the weights are ``w - Z^T V`` with ``Z = inv(L) w_J^T``. So only V grows, by one product per
-    drop, and only the diagonal blocks of the rest are ever formed. Of very many blocks several are dropped at a time.
+    drop. The diagonal blocks of the rest only shrink with it: a block's cost by its diagonal of an earlier step is a
+    lower bound, and only blocks whose bound is among the least have their diagonal brought up to date. Of very many
+    blocks several are dropped at a time.
     """
     count, size = inverse.shape[:2]
     rows, most = len(fitted), count if most is None else min(most, count)
     live = np.arange(count)  # the block in each slot; slots of dropped blocks are filled with the last ones
     diagonal = inverse[live, :, live, :]
+    whiten = inverse_of_lower(np.linalg.cholesky(diagonal))
+    known = np.zeros(count, np.int64)  # so many rows of V are in the diagonal of each slot
     w = fitted.reshape(rows, count * size).copy()
-    v = np.empty((most * size, count * size), np.float32)
+    v = _scratch(most * size, count * size)
     order: list[NDArray[np.int64]] = []
     costs: list[NDArray[np.float64]] = []
     done = 0
     while done < most:
-        n = live.size
+        n, held = live.size, done * size
         by_slot = w[:, : n * size].reshape(rows, n, size).transpose(1, 2, 0)
-        cost = np.einsum("nsr,nsr->n", by_slot, np.linalg.solve(diagonal[:n], by_slot))
+        cost = _squares(whiten[:n] @ by_slot)
         batch = min(max(1, n // _MANY), most - done)
-        slots = np.argsort(cost, kind="stable")[:batch]
+        while True:
+            slots = np.argsort(cost, kind="stable")[:batch]
+            late = slots[known[slots] < held]
+            if not late.size:
+                break
+            for slot in late:
+                part = v[known[slot] : held, slot * size : (slot + 1) * size]
+                diagonal[slot] -= part.T @ part
+                whiten[slot] = inverse_of_lower(np.linalg.cholesky(diagonal[slot]))
+            known[late] = held
+            cost[late] = _squares(whiten[late] @ by_slot[late])
         gone = _positions(slots, size)
-        held = done * size
         columns = inverse[live[slots]][:, :, live].reshape(gone.size, n * size)
         columns -= v[:held, gone].T @ v[:held, : n * size]
-        whiten = inverse_of_lower(np.linalg.cholesky(columns[:, gone]))
-        added = np.matmul(whiten, columns, out=v[held : held + gone.size, : n * size])
-        z = whiten @ w[:, gone].T
+        white = whiten[slots[0]] if batch == 1 else inverse_of_lower(np.linalg.cholesky(columns[:, gone]))
+        added = np.matmul(white, columns, out=v[held : held + gone.size, : n * size])
+        z = white @ w[:, gone].T
         order.append(live[slots])
         costs.append(np.sum(z.reshape(batch, -1).astype(np.float64) ** 2, axis=1))
         done += batch
         w[:, : n * size] -= z.T @ added
-        parts = added.reshape(gone.size, n, size)
-        diagonal[:n] -= parts.transpose(1, 2, 0) @ parts.transpose(1, 0, 2)
         left = n - batch
-        holes = np.sort(slots[slots < left])
-        movers = np.setdiff1d(np.arange(left, n), slots)
-        live[holes], diagonal[holes] = live[movers], diagonal[movers]
-        for array in (w, v[: done * size]):
-            array[:, _positions(holes, size)] = array[:, _positions(movers, size)]
+        for hole, mover in zip(np.sort(slots[slots < left]), np.setdiff1d(np.arange(left, n), slots), strict=True):
+            for array in (live, known, diagonal, whiten):
+                array[hole] = array[mover]
+            for array in (w, v[: done * size]):
+                array[:, hole * size : (hole + 1) * size] = array[:, mover * size : (mover + 1) * size]
         live = live[:left]
     return np.concatenate([np.zeros(0, np.int64), *order]), np.concatenate([np.zeros(0), *costs])
+
+
+def _squares(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The sum of squares of each of a stack of matrices."""
+    return np.einsum("nsr,nsr->n", vectors, vectors)
+
+
+def _scratch(rows: int, columns: int) -> NDArray[np.float32]:
+    """An array of any values, in the same memory for each call of a thread: new memory is slow."""
+    if getattr(_threads, "memory", np.empty(0)).size < rows * columns:
+        _threads.memory = np.empty(rows * columns, np.float32)
+    return _threads.memory[: rows * columns].reshape(rows, columns)
 
 
 def by_blocks(

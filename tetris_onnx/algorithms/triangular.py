@@ -10,15 +10,15 @@ _MIRRORED = 256  # rows of a block that is transposed within the caches
 
 
 def inverse_of_lower(factor: NDArray) -> NDArray:
-    """The inverse of a lower triangular matrix [n, n], by halves."""
-    n = len(factor)
+    """The inverse of a lower triangular matrix [n, n], or of each of a stack of them [..., n, n], by halves."""
+    n = factor.shape[-1]
     if n <= _SMALL:
         return np.tril(np.linalg.inv(factor))
     half = n // 2
     inverse = np.zeros_like(factor)
-    first, second = inverse_of_lower(factor[:half, :half]), inverse_of_lower(factor[half:, half:])
-    inverse[:half, :half], inverse[half:, half:] = first, second
-    inverse[half:, :half] = -(second @ factor[half:, :half]) @ first
+    first, second = inverse_of_lower(factor[..., :half, :half]), inverse_of_lower(factor[..., half:, half:])
+    inverse[..., :half, :half], inverse[..., half:, half:] = first, second
+    inverse[..., half:, :half] = -(second @ factor[..., half:, :half]) @ first
     return inverse
 
 
