@@ -34,8 +34,8 @@ _MANY = 32  # of so many blocks, one at a time is dropped; of more, as large a s
 # poor local optima (ResNet-20: up to 6 % of a layer's error). Block rows times cubed features, see _prune.
 _MOST_SHAKES = 8
 _SHAKING_WORK = 10**10
-_threads = threading.local()  # what `_scratch` holds
 _LEAST_GAIN = 0.03  # share of the error that an iteration has to save for another one to follow
+_threads = threading.local()  # what `_scratch` holds
 
 
 @dataclass(frozen=True, eq=False)
