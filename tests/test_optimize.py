@@ -214,8 +214,8 @@ def recurrent_step(batch: int | str) -> onnx.ModelProto:
 @pytest.mark.parametrize("batch", [1, "N"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"refine": 2}, {"allocation": "global"}, {"precision": "int8"}, {"augment": 1}],
-    ids=["refit", "refine", "global", "int8", "augment"],
+    [{}, {"refine": 2}, {"allocation": "global"}, {"precision": "int8"}],
+    ids=["refit", "refine", "global", "int8"],
 )
 def test_a_model_with_a_state(batch: int | str, options: dict) -> None:
     model, rng = recurrent_step(batch), np.random.default_rng(0)

@@ -266,7 +266,11 @@ def inputs_of(**shapes: tuple[int | str | None, ...]) -> tuple[InputSpec, ...]:
         ({"x": ("N", 4), "state": ("layers", "N", 8)}, {"state"}, 1),
         # Time first: the first axis is still the one that counts.
         ({"x": ("T", "N", 4), "length": ("N",)}, set(), None),
-        ({"x": (None, 4), "y": (2, None)}, set(), 2),
+        ({"x": (None, 4), "y": (2, None)}, {"y"}, 1),
+        ({"x": ("N", 4), "state": (2, "another name", 8), "y": (None, 3)}, {"state"}, 1),
+        # One of something, or nothing left open, says that the model takes so many samples at a time.
+        ({"x": ("N", 4), "scale": (1, 2)}, set(), 1),
+        ({"x": ("N", 4), "scale": (2, 2)}, set(), 2),
     ],
 )
 def test_which_inputs_have_samples_in_front(shapes: dict, whole: set[str], batch: int | None) -> None:

@@ -100,27 +100,31 @@ def _told_apart(specs: Iterable[InputSpec]) -> tuple[InputSpec, ...]:
     """Mark the inputs without an axis of samples in front, such as the state [layers, batch, ...] of recurrent layers.
 
     The first axis of the first array counts the samples. Another array has none where the model fixes its first axis at
-    another size, or where the samples' axis, by its name, comes later; samples run one at a time then.
+    another size. Where the number of samples is open, it has none if the samples' axis, by its name, comes later, or if
+    there are several of something in front and a later axis is open; samples run one at a time then.
     """
     specs = tuple(specs)
     batch = next((spec.shape[0] for spec in specs if spec.shape), None)
 
-    def behind(spec: InputSpec) -> bool:
-        return isinstance(batch, str) and batch in spec.shape[1:] and spec.shape[0] != batch
+    def unbatched(spec: InputSpec) -> bool:
+        if not spec.shape:
+            return False
+        first, *rest = spec.shape
+        if isinstance(batch, int):
+            return isinstance(first, int) and first != batch
+        several = isinstance(first, int) and first > 1
+        return (several and not all(isinstance(size, int) for size in rest)) or (first != batch and batch in rest)
 
-    if any(behind(spec) for spec in specs):
-        one = {batch: 1}
-        shapes = [tuple(one.get(size, size) for size in spec.shape) for spec in specs]
-    else:
-        shapes = [spec.shape for spec in specs]
-    return tuple(
-        replace(spec, shape=shape, unbatched=behind(spec) or (bool(shape) and _differ(shape[0], batch)))
-        for spec, shape in zip(specs, shapes, strict=True)
-    )
+    def one_sample(spec: InputSpec) -> tuple[int | str | None, ...]:
+        shape = [1 if isinstance(size, str) and size == batch else size for size in spec.shape]
+        if shape and not unbatched(spec) and not isinstance(shape[0], int):
+            shape[0] = 1
+        return tuple(shape)
 
-
-def _differ(size: int | str | None, other: int | str | None) -> bool:
-    return isinstance(size, int) and isinstance(other, int) and size != other
+    told = [replace(spec, unbatched=unbatched(spec)) for spec in specs]
+    if not isinstance(batch, int) and any(spec.unbatched for spec in told):
+        told = [replace(spec, shape=one_sample(spec)) for spec in told]
+    return tuple(told)
 
 
 def load_samples(source: Source, inputs: Sequence[InputSpec]) -> Samples:
