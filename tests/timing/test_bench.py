@@ -126,6 +126,12 @@ def test_two_models_are_measured() -> None:
     assert sums["sum"]["median_ms"][1] == pytest.approx(sum(row["median_ms"][1] or 0 for row in values["layers"]))
 
 
+def test_arrays_that_are_no_inputs_are_not_fed(tmp_path: Path) -> None:
+    onnx.save(net(), tmp_path / "a.onnx")
+    samples = {"x": np.ones((2, 3, 8, 8), np.float32), "label": np.zeros(2, np.int64)}
+    assert len(bench(tmp_path / "a.onnx", rounds=1, batch=2, data=samples).timings) == 1
+
+
 def test_one_model_has_no_ratio(tmp_path: Path) -> None:
     onnx.save(net(), tmp_path / "a.onnx")
     np.savez(tmp_path / "d.npz", x=np.ones((2, 3, 8, 8), np.float32))

@@ -117,7 +117,7 @@ def _told_apart(specs: Iterable[InputSpec]) -> tuple[InputSpec, ...]:
 
     def one_sample(spec: InputSpec) -> tuple[int | str | None, ...]:
         shape = [1 if isinstance(size, str) and size == batch else size for size in spec.shape]
-        if shape and not unbatched(spec) and not isinstance(shape[0], int):
+        if shape and not spec.unbatched and not isinstance(shape[0], int):
             shape[0] = 1
         return tuple(shape)
 

@@ -259,7 +259,7 @@ def _feeds(
         samples = load_samples(data, inputs[0])
     else:
         samples = runnable_samples(lambda one: run(sessions[0], one, names[0]), inputs[0], batch, seed, shapes)
-    feed = select(samples, inputs[0], slice(batch))
+    feed = select({spec.name: samples[spec.name] for spec in inputs[0]}, inputs[0], slice(batch))
     for spec in (spec for specs in inputs for spec in specs if not spec.whole):
         if isinstance(spec.shape[0], int) and spec.shape[0] != batch:
             raise BenchError(f"batch {batch}: the model takes batches of {spec.shape[0]} only (input {spec})")
