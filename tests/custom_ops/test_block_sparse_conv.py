@@ -285,7 +285,7 @@ def test_a_pair_of_threads_computes_the_same(
     alone = models.run(op, x, threads=1)
     np.testing.assert_allclose(alone, op.expected(x), atol=1e-3)  # sums of some 500 products, up to 100
     session = models.session(models.make_model(op, x.shape), threads=2)
-    for _ in range(24):
+    for _ in range(6 if isa == "scalar" else 24):  # (its runs are long enough for both threads to be there)
         np.testing.assert_array_equal(session.run(None, {"x": x})[0], alone)
 
 

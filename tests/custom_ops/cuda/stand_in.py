@@ -17,6 +17,7 @@ import sys
 import tarfile
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,15 @@ def compile_libraries(folder: Path) -> tuple[Path, Path]:
     linking = ["-pthread", "-ldl"]
     if "-fsanitize" not in os.environ.get("TETRIS_ONNX_TEST_CXXFLAGS", ""):
         linking += ["-Wl,--no-undefined", version_script]
-    subprocess.run([compiler, *flags, *definitions, *sources, "-o", library, *linking], check=True)
+
+    def compiled(source: Path) -> Path:
+        result = folder / f"{source.parent.name}_{source.stem}.o"
+        subprocess.run([compiler, *flags, *definitions, "-c", source, "-o", result], check=True)
+        return result
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, sources))
+    subprocess.run([compiler, *flags, *objects, "-o", library, *linking], check=True)
     flags.remove("-fvisibility=hidden")
     subprocess.run(
         [compiler, *flags, "-Wl,-soname,libcuda.so.1", Path(__file__).with_name("stand_in_driver.cc"), "-o", driver],
