@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tetris_onnx.algorithms import refit
 from tetris_onnx.algorithms.refit import _DAMPINGS as DAMPINGS
 from tetris_onnx.algorithms.refit import CLIP_ROUNDS, LayerSamples
 
@@ -253,3 +256,52 @@ def test_of_many_supports_some_choose_the_damping(monkeypatch: pytest.MonkeyPatc
     monkeypatch.undo()
     fixed, _ = LayerSamples(u, (u @ weight.T).astype(np.float32), weight, damping=1.0).refit(keep)
     np.testing.assert_allclose(fitted, fixed, atol=1e-6)  # 1: the geometric mean of .1 and 10
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_a_set_of_many_rows_is_parted_and_fitted_as_one(few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that keeps all weights: one factor for all its parts, and weights that are those of one part."""
+    rng = np.random.default_rng(7)
+    u = rng.standard_normal((FEATURES - 4 if few else 300, FEATURES)).astype(np.float32)
+    weight = rng.standard_normal((300, FEATURES)).astype(np.float32)
+    y = (u @ weight.T + rng.standard_normal((len(u), 300))).astype(np.float32)
+    factors, tasks = [], []
+    plain, run = refit.cholesky, refit.run_threads
+
+    def cholesky(matrix: NDArray) -> tuple[NDArray, bool]:
+        factors.append(matrix.shape)
+        return plain(matrix)
+
+    def run_threads(function: Any, given: Any, workers: int | None = None) -> list:
+        given = list(given)
+        tasks.append(len(given))
+        return run(function, given, workers)
+
+    monkeypatch.setattr(refit, "cholesky", cholesky)
+    monkeypatch.setattr(refit, "run_threads", run_threads)
+    keep = np.ones(weight.shape, bool)
+    fitted, bias = LayerSamples(u, y, weight).refit(keep, (0, np.inf))
+    assert len(factors) == 1 and tasks[-1] == 3
+    monkeypatch.setattr(refit, "_MOST_ROWS", 300)
+    alone, alone_bias = LayerSamples(u, y, weight).refit(keep, (0, np.inf))
+    assert len(factors) == 2 and tasks[-1] == 1
+    np.testing.assert_allclose(fitted, alone, atol=1e-5)
+    np.testing.assert_allclose(bias, alone_bias, atol=1e-5)
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_one_set_chooses_the_same_damping_in_threads(few: bool) -> None:
+    rng = np.random.default_rng(8)
+    features = 40
+    u = rng.standard_normal((32 if few else 200, features)).astype(np.float32)
+    weight = rng.standard_normal((300, features)).astype(np.float32)
+    chosen = set()
+    for noise in (0, 1, 10):
+        y = (u @ weight.T + noise * rng.standard_normal((len(u), 300))).astype(np.float32)
+        samples = LayerSamples(u, y, np.zeros_like(weight))
+        rows = np.arange(300)
+        alone = samples._best_damping(rows, np.arange(features))
+        assert samples._best_damping(rows, np.arange(features), 2) == alone
+        assert alone == samples._best_damping(rows[::3], np.arange(features))  # of 300 rows every third is looked at
+        chosen.add(round(alone / samples._lam(1), 6))
+    assert len(chosen) > 1, chosen

@@ -23,7 +23,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 
 import numpy as np
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from scipy import linalg
 
 from tetris_onnx.algorithms.coupling import Coupling, Rows, can_couple
-from tetris_onnx.algorithms.threads import run_threads
+from tetris_onnx.algorithms.threads import once, run_threads
 from tetris_onnx.algorithms.triangular import mirror_upper
 
 # To choose blocks with. The weights are fitted with the best of several (see `LayerSamples.refit`).
@@ -46,6 +46,7 @@ _COUPLINGS = 2  # so many of them with all outputs together
 _ROWS_TOGETHER = 32
 _FACTOR_BYTES = 2**28
 _CHOOSING = 16
+_MOST_ROWS = 128  # of one task: a layer that keeps all weights has one set of rows
 _MOST_COPIED = 0.75  # of all features: more of them are not worth a copy of their samples
 _FACTORS = (0.5, 2.0)  # by which an output may be scaled
 
@@ -228,7 +229,8 @@ class LayerSamples:
         if not self.few:
             _ = self.hessian, self._products, self._held_out_means if chosen else None  # once, for all threads
         dampings = self._best_dampings(sets, workers) if chosen else [self.damping] * len(sets)
-        bundles = self._bundles(sets, dampings)
+        pieces = [piece for part, damping in zip(sets, dampings, strict=True) for piece in self._pieces(part, damping)]
+        bundles = self._bundles(pieces)
         coupled = metric is not None and not self.few and can_couple(sets)
 
         def targets(rows: NDArray[np.int64]) -> Callable[[NDArray, NDArray], tuple[NDArray, NDArray[np.float64]]]:
@@ -246,9 +248,7 @@ class LayerSamples:
 
             return renew
 
-        def fit(
-            rows: NDArray[np.int64], bundle: Sequence[tuple[Rows, float]]
-        ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        def fit(rows: NDArray[np.int64], bundle: Sequence[_Piece]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
             features = np.flatnonzero(keep[rows].any(axis=0))
             mean = self.mean_out[rows]
             if not self.few and features.size > _MOST_COPIED * self.features:
@@ -268,7 +268,7 @@ class LayerSamples:
             return whole, mean
 
         weight, mean = np.zeros(keep.shape), np.empty(len(keep))
-        tasks = [(np.concatenate([part.rows for part, _ in bundle]), bundle) for bundle in bundles]
+        tasks = [(np.concatenate([piece.rows for piece in bundle]), bundle) for bundle in bundles]
         for (rows, _), fitted in zip(tasks, run_threads(fit, tasks, workers), strict=True):
             weight[rows], mean[rows] = fitted
         if metric is not None and coupled:
@@ -294,18 +294,34 @@ class LayerSamples:
                 weight = coupling.fit(weight, products)
         return weight, mean - weight @ self.mean_in
 
-    def _bundles(self, sets: Sequence[Rows], dampings: Sequence[float]) -> list[list[tuple[Rows, float]]]:
-        """The sets of rows that are fitted together, with the damping of each: one pass over the samples serves all."""
-        bundles: list[list[tuple[Rows, float]]] = []
+    def _pieces(self, part: Rows, damping: float) -> list[_Piece]:
+        """A set of rows with one support in parts for several threads."""
+        factor: Callable[[], tuple[NDArray, bool]] = partial(self._factor, part.features, damping)
+        count = -(-part.rows.size // _MOST_ROWS)
+        if count > 1:
+            factor = once(factor)  # (of others nothing is held: there may be thousands of them)
+        return [_Piece(rows, part.features, damping, factor) for rows in np.array_split(part.rows, count)]
+
+    def _bundles(self, pieces: Sequence[_Piece]) -> list[list[_Piece]]:
+        """Those that are fitted together: one pass over the samples serves all rows of a bundle."""
+        bundles: list[list[_Piece]] = []
         rows, size = _ROWS_TOGETHER, 0
-        for part, damping in zip(sets, dampings, strict=True):
-            factor = part.features.size**2 * np.dtype(np.float64).itemsize
-            if self.few or rows + part.rows.size > _ROWS_TOGETHER or size + factor > _FACTOR_BYTES:
+        for piece in pieces:
+            factor = piece.features.size**2 * np.dtype(np.float64).itemsize
+            if self.few or rows + piece.rows.size > _ROWS_TOGETHER or size + factor > _FACTOR_BYTES:
                 bundles.append([])
                 rows, size = 0, 0
-            bundles[-1].append((part, damping))
-            rows, size = rows + part.rows.size, size + factor
+            bundles[-1].append(piece)
+            rows, size = rows + piece.rows.size, size + factor
         return bundles
+
+    def _factor(self, features: NDArray[np.int64], damping: float) -> tuple[NDArray, bool]:
+        """The factor of what the weights of these features are solved with; with few samples, of inner products."""
+        if self.few:
+            return self._inner_factor(self.u if features.size == self.features else self.u[:, features], damping)
+        hessian = self.hessian[np.ix_(features, features)]
+        hessian[np.diag_indices_from(hessian)] += damping - self.damping
+        return cholesky(hessian)
 
     def rescale(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """The dense weights with a factor per output, and the bias [out] with them, that fit the targets best.
@@ -321,11 +337,7 @@ class LayerSamples:
         return weight, self.mean_out - weight @ self.mean_in
 
     def _solver(
-        self,
-        rows: NDArray[np.int64],
-        bundle: Sequence[tuple[Rows, float]],
-        features: NDArray[np.int64],
-        u: NDArray | None,
+        self, rows: NDArray[np.int64], bundle: Sequence[_Piece], features: NDArray[np.int64], u: NDArray | None
     ) -> Callable[[NDArray | None], NDArray[np.float64]]:
         """What makes weights [rows, features] of targets [n, rows] without their mean; None: of the dense outputs.
 
@@ -335,8 +347,8 @@ class LayerSamples:
         towards = self.weight[np.ix_(rows, features)]
         if self.few:
             assert u is not None
-            ((_, damping),) = bundle
-            inner = self._inner_factor(u, damping)
+            (piece,) = bundle
+            inner = piece.factor()
 
             def solve(target: NDArray | None) -> NDArray[np.float64]:
                 residual = (self.y[:, rows] if target is None else target) - u @ towards.T
@@ -344,13 +356,11 @@ class LayerSamples:
 
             return solve
         factors = []
-        starts = np.cumsum([0, *(part.rows.size for part, _ in bundle)])
-        for start, (part, damping) in zip(starts, bundle, strict=False):
-            if part.features.size:
-                hessian = self.hessian[np.ix_(part.features, part.features)]
-                hessian[np.diag_indices_from(hessian)] += damping - self.damping
-                where = np.ix_(start + np.arange(part.rows.size), np.searchsorted(features, part.features))
-                factors.append((where, damping, cholesky(hessian)))
+        starts = np.cumsum([0, *(piece.rows.size for piece in bundle)])
+        for start, piece in zip(starts, bundle, strict=False):
+            if piece.features.size:
+                where = np.ix_(start + np.arange(piece.rows.size), np.searchsorted(features, piece.features))
+                factors.append((where, piece.damping, piece.factor()))
 
         def solve_moments(target: NDArray | None) -> NDArray[np.float64]:
             if target is None:
@@ -369,15 +379,18 @@ class LayerSamples:
     def _best_dampings(self, sets: Sequence[Rows], workers: int | None) -> list[float]:
         """For each set of rows the damping that fits the held-out samples best; of many sets the mean of some's."""
         some = np.unique(np.linspace(0, len(sets) - 1, _CHOOSING).round().astype(np.int64))
+        if len(some) == 1:
+            return [self._best_damping(sets[0].rows, sets[0].features, workers)]
         best = run_threads(self._best_damping, [(sets[i].rows, sets[i].features) for i in some], workers)
         return best if len(best) == len(sets) else [float(np.exp(np.log(best).mean()))] * len(sets)
 
-    def _best_damping(self, rows: NDArray[np.int64], s: NDArray[np.int64]) -> float:
-        """The damping that fits the held-out samples best, for weights [rows, s].
+    def _best_damping(self, rows: NDArray[np.int64], s: NDArray[np.int64], workers: int | None = 1) -> float:
+        """The damping that fits the held-out samples best, for weights [rows, s]; of many rows some tell.
 
         Half of what counts are the means over each input's samples. Damping shrinks the outputs, which lowers the error
         of single positions but is the same everywhere: the layers behind, which add up many positions, would feel it.
         """
+        rows = rows[:: -(-rows.size // _MOST_ROWS)]
         towards, held = self.weight[np.ix_(rows, s)], self._held_out
         assert held is not None
         if not s.size:
@@ -386,8 +399,8 @@ class LayerSamples:
             u, y = (array - array[~held].mean(axis=0) for array in (self.u[:, s], self.y[:, rows]))
             missing = (y - u @ towards.T)[~held]
 
-            def error(damping: float) -> float:
-                factor = self._inner_factor(u[~held], damping)
+            def error(step: int) -> float:
+                factor = self._inner_factor(u[~held], self._lam(_DAMPINGS[step]))
                 weight = towards + linalg.cho_solve(factor, missing, check_finite=False).T @ u[~held]
                 return float(np.sum((y[held] - u[held] @ weight.T) ** 2))
 
@@ -397,7 +410,8 @@ class LayerSamples:
             mean_u, mean_y = mean_u[:, s], mean_y[:, rows]
             mean_power = float(np.sum(mean_y**2))
 
-            def error(damping: float) -> float:
+            def error(step: int) -> float:
+                damping = self._lam(_DAMPINGS[step])
                 hessian = gram.copy()
                 hessian[np.diag_indices_from(hessian)] += damping
                 weight = linalg.cho_solve(cholesky(hessian), (products + damping * towards).T, check_finite=False).T
@@ -407,10 +421,15 @@ class LayerSamples:
 
         # The error falls and then rises with the damping.
         best = _DAMPINGS.index(DAMPING)
-        least = error(self._lam(_DAMPINGS[best]))
-        for step in (1, -1):
-            while 0 <= best + step < len(_DAMPINGS) and (tried := error(self._lam(_DAMPINGS[best + step]))) < least:
-                best, least = best + step, tried
+        first = (best - 1, best, best + 1)
+        errors = dict(zip(first, run_threads(error, [(step,) for step in first], workers), strict=True))
+        for direction in (1, -1):
+            while 0 <= (step := best + direction) < len(_DAMPINGS):
+                if step not in errors:
+                    errors[step] = error(step)
+                if errors[step] >= errors[best]:
+                    break
+                best = step
         return self._lam(_DAMPINGS[best])
 
     def error(self, weight: NDArray) -> float:
@@ -424,6 +443,16 @@ class LayerSamples:
         inner = (u @ u.T).astype(np.float64)
         inner[np.diag_indices_from(inner)] += len(u) * damping
         return cholesky(inner)
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """Rows that keep the same features, and how they are fitted."""
+
+    rows: NDArray[np.int64]
+    features: NDArray[np.int64]
+    damping: float
+    factor: Callable[[], tuple[NDArray, bool]]
 
 
 @dataclass(frozen=True, eq=False)
