@@ -332,7 +332,9 @@ def test_skipped_layers_are_left_alone() -> None:
     assert {"y", "c"}.isdisjoint(found.weights) and {"a", "b"} <= set(found.weights)
 
 
-@pytest.mark.parametrize(("n", "augment", "copies"), [(48, None, 1), (48, 0, 0), (48, 2, 2), (128, None, 0)])
+@pytest.mark.parametrize(
+    ("n", "augment", "copies"), [(48, None, 1), (48, 0, 0), (48, 2, 2), (128, None, 1), (129, None, 0), (2, 2, 2)]
+)
 def test_few_images_are_joined_by_varied_copies(
     n: int, augment: int | None, copies: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,8 +352,21 @@ def test_few_images_are_joined_by_varied_copies(
         CONFIG, augment=augment, sweeps=1, layers=(LayerRule("b", sparsity=0.5), LayerRule("*", skip=True))
     )
     recover(graph, survey(graph, config), io.to_proto(graph, model), config, {"x": inputs(n, seed=1)})
-    # The layer has 6x11 output positions. A sample and its copies are held out together.
-    assert problems == [(n * (1 + copies) * 66, n)]
+    # The layer has 6x11 output positions. A sample and its copies are held out together. Blocks are chosen by the
+    # samples themselves, if these have as many positions as the layer has features (192).
+    assert problems == [(n * 66, n)] * (copies > 0) + [(n * (1 + copies) * 66, n)]
+
+
+def test_without_copies_the_samples_are_those_there_would_be_without_any() -> None:
+    layer = next(x for x in find_layers(prepare(io.to_graph(network()))) if x.name == "b")
+    rng = np.random.default_rng(0)
+    seen = Seen(rng.standard_normal((6, 32, 12, 12)), rng.standard_normal((6, 32, 6, 11)), None)
+    influence = rng.random((2, 6, 11), np.float32)
+    found, _ = layer_samples(layer, seen, seed=0, influence=influence, alike=3, copies=False)
+    plain, _ = layer_samples(layer, Seen(seen.data[::3], seen.output[::3], None), seed=0, influence=influence)
+    assert found.inputs == plain.inputs == 2
+    for name in ("u", "y", "_share"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(plain, name))
 
 
 def test_positions_of_copies_count_the_same_and_those_of_originals_by_their_influence() -> None:

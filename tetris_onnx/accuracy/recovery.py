@@ -49,8 +49,10 @@ _SWEEP_WORK = 10**12
 _LEAST_WORTH = 1e-3
 # This share of what a sample counts is the same for all: gradients are those of the dense network at a point.
 _EVEN = 0.2
-# One backward pass of each tells the influence; of fewer samples two, and a varied copy of each image is learned from.
+# One backward pass of each tells the influence; of fewer samples two.
 _ENOUGH_SAMPLES = 128
+# Of up to so many images a varied copy of each is learned from.
+_FEW_IMAGES = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +84,7 @@ def recover(
     """
     inputs = model_inputs(model)
     given = count(samples, inputs)
-    copies = config.augment if config.augment is not None else int(given < _ENOUGH_SAMPLES)
+    copies = config.augment if config.augment is not None else int(given <= _FEW_IMAGES)
     matter = _matter(candidates, model, config, samples)
     originals, samples = samples, with_copies(samples, inputs, copies, config.seed)
     alike = count(samples, inputs) // given
@@ -197,14 +199,22 @@ def _prune(
             influence = matter.get(layer.name)
             where = None if influence is None else influence.positions
             values = activations.advance(layer.name)
-            seen, bounds = layer_samples(layer, values, config.seed, influence=where, alike=alike)
+            sampled = partial(layer_samples, layer, values, config.seed, influence=where, alike=alike)
             decision, shares = None if plan is None else plan.get(layer.name), None
+            searched = candidate in chosen and decision is None
+            # Blocks are chosen by the samples themselves, if they are enough: copies are to fit weights to.
+            copies = not searched or alike == 1
+            seen, bounds = sampled(copies=copies)
+            if seen.few and not copies:
+                copies = True
+                seen, bounds = sampled()
+            if searched:
+                decision, shares = _choose(candidate, seen, config, None if influence is None else _worth(influence))
+            if not copies:
+                del seen  # two would take twice the memory
+                seen, bounds = sampled()
             keep = np.ones((layer.weight_shape[0], seen.features), bool)
-            if candidate in chosen:
-                if decision is None:
-                    decision, shares = _choose(
-                        candidate, seen, config, None if influence is None else _worth(influence)
-                    )
+            if decision is not None:
                 plans.append(decision)
                 keep = support((decision.out_perm, decision.in_perm), decision.block_size, decision.keep, _taps(layer))
             if keep.all() and seen.few:
@@ -238,27 +248,29 @@ def layer_samples(
     per_feature: int = _ROWS_PER_FEATURE,
     influence: NDArray[np.float32] | None = None,
     alike: int = 1,
+    copies: bool = True,
 ) -> tuple[LayerSamples, tuple[NDArray, NDArray]]:
     """The least-squares problem of a layer, and the bounds where its outputs are clipped (see `LayerSamples.refit`).
 
     Output positions are drawn at random, as many of each sample, ``rows`` in all (fewer of very many features) but at
     least ``per_feature``, where there are: neighbors say little new. What a later Add adds to the output in the pruned
     network is taken off the target: the layer makes up for the errors of the other branch too. ``alike``: so many
-    samples in a row are one and its copies, so that they are held out together. ``influence`` is that of the first of
-    them; all positions of the others count the same.
+    samples in a row are one and its copies, so that they are held out together; without ``copies`` only the first of
+    them are taken. ``influence`` is that of the first of them; all positions of the others count the same.
     """
     data, output = seen.data, seen.output
+    taken = range(0, len(data), 1 if copies else alike)
     out, features = layer.weight_shape[0], math.prod(layer.weight_shape[1:])
     positions = math.prod(output.shape[2:] if layer.is_conv else output.shape[1:-1])
     wanted = max(min(rows, _CELLS // features), per_feature * features)
-    each = min(positions, -(-wanted // len(data)))
+    each = min(positions, -(-wanted // len(taken)))
     rng = np.random.default_rng(seed)
 
     def outputs(value: NDArray, chosen: NDArray[np.int64]) -> NDArray:
         return value.reshape(out, -1)[:, chosen].T if layer.is_conv else value.reshape(-1, out)[chosen]
 
-    u = np.empty((len(data) * each, features), np.float32)
-    y = np.empty((len(data) * each, out), np.float32)
+    u = np.empty((len(taken) * each, features), np.float32)
+    y = np.empty((len(taken) * each, out), np.float32)
     share = None
     if influence is not None and influence.size * alike == len(data) * positions:
         influence = influence.reshape(-1, positions) / max(float(influence.mean()), 1e-30)
@@ -266,9 +278,9 @@ def layer_samples(
     low, high = (np.asarray(bound, np.float32) for bound in _bounds(layer, seen.addend is not None))
     if seen.addend is not None:
         low, high = np.broadcast_to(low, y.shape).copy(), np.broadcast_to(high, y.shape).copy()
-    for i in range(len(data)):
+    for number, i in enumerate(taken):
         chosen = np.sort(rng.choice(positions, each, replace=False)) if each < positions else np.arange(positions)
-        part = slice(i * each, (i + 1) * each)
+        part = slice(number * each, (number + 1) * each)
         u[part] = (
             patches(layer, data[i], output.shape[2:], chosen)
             if layer.is_conv
