@@ -333,10 +333,20 @@ def test_skipped_layers_are_left_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("n", "augment", "copies"), [(48, None, 1), (48, 0, 0), (48, 2, 2), (128, None, 1), (129, None, 0), (2, 2, 2)]
+    ("n", "allocation", "augment", "copies"),
+    [
+        (48, "uniform", None, 1),
+        (48, "uniform", 0, 0),
+        (48, "uniform", 2, 2),
+        (128, "uniform", None, 1),
+        (129, "uniform", None, 0),
+        (2, "uniform", 2, 2),
+        (64, "global", None, 1),
+        (65, "global", None, 0),
+    ],
 )
 def test_few_images_are_joined_by_varied_copies(
-    n: int, augment: int | None, copies: int, monkeypatch: pytest.MonkeyPatch
+    n: int, allocation: str, augment: int | None, copies: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problems: list[tuple[int, int]] = []
 
@@ -348,9 +358,8 @@ def test_few_images_are_joined_by_varied_copies(
     monkeypatch.setattr(recovery, "LayerSamples", Spy)
     model = network()
     graph = prepare(io.to_graph(model))
-    config = replace(
-        CONFIG, augment=augment, sweeps=1, layers=(LayerRule("b", sparsity=0.5), LayerRule("*", skip=True))
-    )
+    layers = (LayerRule("b", sparsity=0.5), LayerRule("*", skip=True))
+    config = replace(CONFIG, allocation=allocation, augment=augment, sweeps=1, layers=layers)
     recover(graph, survey(graph, config), io.to_proto(graph, model), config, {"x": inputs(n, seed=1)})
     # The layer has 6x11 output positions. A sample and its copies are held out together. Blocks are chosen by the
     # samples themselves, if these have as many positions as the layer has features (192).

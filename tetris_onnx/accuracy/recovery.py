@@ -51,8 +51,9 @@ _LEAST_WORTH = 1e-3
 _EVEN = 0.2
 # One backward pass of each tells the influence; of fewer samples two.
 _ENOUGH_SAMPLES = 128
-# Of up to so many images a varied copy of each is learned from.
-_FEW_IMAGES = 128
+# Of up to so many images a varied copy of each is learned from. An allocation spares the layers that these help most,
+# and takes its own time.
+_FEW_IMAGES = {"uniform": 128, "global": 64, "latency": 64}
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +85,7 @@ def recover(
     """
     inputs = model_inputs(model)
     given = count(samples, inputs)
-    copies = config.augment if config.augment is not None else int(given <= _FEW_IMAGES)
+    copies = config.augment if config.augment is not None else int(given <= _FEW_IMAGES[config.allocation])
     matter = _matter(candidates, model, config, samples)
     originals, samples = samples, with_copies(samples, inputs, copies, config.seed)
     alike = count(samples, inputs) // given

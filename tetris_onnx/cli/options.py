@@ -57,7 +57,7 @@ Augment = Annotated[
         min=0,
         metavar="COPIES",
         help="Varied copies of each image of --calibration to learn from.",
-        show_default="1 of up to 128 images",
+        show_default="1 of up to 128 images, 64 with --allocation",
     ),
 ]
 Refine = Annotated[
