@@ -48,6 +48,7 @@ def test_a_3x3_layer_is_kept_whole_where_winograd_wins() -> None:
     dense, ours = three.predict(1.0) or (0.0, 0.0)
     assert ours < 0.6 * dense
     assert three.unpruned_seconds == pytest.approx(1e-3 * ours)
+    assert [c.faster_whole for c in candidates.values()] == [False, True, False, False]
 
 
 @pytest.mark.parametrize("window", [{"strides": [2, 2]}, {"dilations": [2, 2]}])

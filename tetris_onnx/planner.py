@@ -101,6 +101,13 @@ class Candidate:
         return predict_dense(self.shape, self.machine, self.threads), sparse
 
     @property
+    def faster_whole(self) -> bool:
+        """Whether our operator is predicted to run it faster with all its weights. Not what the result will do."""
+        if self.shape is None or not self.can_be_whole:
+            return False
+        return float(self.unpruned_seconds or 0.0) < predict_dense(self.shape, self.machine, self.threads)
+
+    @property
     def unpruned_seconds(self) -> float | None:
         """Seconds of one run with all blocks, by the operator that is faster; None where they cannot be predicted."""
         if self.shape is None:

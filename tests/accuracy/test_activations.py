@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,7 +16,10 @@ import pytest
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
+from tetris_onnx.accuracy import activations as activations_module
 from tetris_onnx.accuracy.activations import Activations, leave_to_system
+from tetris_onnx.graph.layers import DOMAIN
+from tetris_onnx.session import open_session
 
 # A residual network with a fork, a flatten through a computed shape and a matrix product at the end.
 TEXT = """
@@ -80,9 +84,25 @@ def with_weights(model: onnx.ModelProto, new: dict[str, NDArray], bias: dict[str
     return changed
 
 
+def our_convolutions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The outputs of all nodes of our operators that run from now on."""
+    found: list[str] = []
+
+    def spy(model: onnx.ModelProto) -> Any:
+        found.extend(node.output[0] for node in model.graph.node if node.domain == DOMAIN)
+        return open_session(model)
+
+    monkeypatch.setattr(activations_module, "open_session", spy)
+    return found
+
+
+@pytest.mark.parametrize("whole", [(), ("a", "b", "c")])
 @pytest.mark.parametrize("memory", [0, 10**9])
 @pytest.mark.parametrize("samples", [7, 16])
-def test_each_layer_sees_the_pruned_input_and_the_dense_output(samples: int, memory: int) -> None:
+def test_each_layer_sees_the_pruned_input_and_the_dense_output(
+    samples: int, memory: int, whole: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = our_convolutions(monkeypatch)
     model = network()
     rng = np.random.default_rng(1)
     x = rng.standard_normal((samples, 3, 6, 6)).astype(np.float32)
@@ -91,7 +111,7 @@ def test_each_layer_sees_the_pruned_input_and_the_dense_output(samples: int, mem
     weight_of = {"a": "w1", "b": "w2", "c": "w3", "y": "w4"}
     new: dict[str, NDArray] = {}
     bias: dict[str, NDArray] = {}
-    with Activations(model, LAYERS, {"x": x}, memory) as activations:
+    with Activations(model, LAYERS, {"x": x}, memory, whole=whole) as activations:
         assert activations.count == samples
         for name in LAYERS:
             seen = activations.advance(name)
@@ -114,6 +134,18 @@ def test_each_layer_sees_the_pruned_input_and_the_dense_output(samples: int, mem
             new[weight_of[name]] = rng.standard_normal(SHAPES[weight_of[name]]).astype(np.float32)
             bias[name] = rng.standard_normal(dense[name].shape[1]).astype(np.float32)
             activations.replace(name, new[weight_of[name]], bias[name])
+    assert sorted(ours) == sorted(2 * whole)  # once in each network
+
+
+def test_our_operator_takes_no_other_constants_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = our_convolutions(monkeypatch)
+    model = network()
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(3, np.float32), "b/blocks"))
+    x = np.random.default_rng(1).standard_normal((4, 3, 6, 6)).astype(np.float32)
+    with Activations(model, ["c"], {"x": x}, 10**9, whole=["a", "b", "c", "y"]) as activations:
+        output = activations.advance("c").output
+    np.testing.assert_allclose(output, values(model, ["c"], x)["c"], rtol=1e-4, atol=1e-4)
+    assert ours == ["a", "c"]
 
 
 def test_a_shortcut_counts_only_where_it_has_been_pruned_already() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
 import onnx.parser
@@ -11,6 +13,8 @@ from onnx import numpy_helper
 
 from tetris_onnx.accuracy import influence
 from tetris_onnx.accuracy.influence import Influence, measure_influence
+from tetris_onnx.graph.layers import DOMAIN
+from tetris_onnx.session import open_session
 
 TEXT = """
 <ir_version: 8, opset_import: ["" : 17]>
@@ -140,3 +144,40 @@ def test_it_does_not_depend_on_anything_but_its_seed() -> None:
     first, second, other = (measure_influence(model, [("a", 1)], {"x": x}, seed=seed)["a"] for seed in (0, 0, 1))
     np.testing.assert_array_equal(first.channels, second.channels)
     assert not np.array_equal(first.channels, other.channels)
+
+
+def test_our_operator_goes_both_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and back through a convolution: two of its nodes in the place of two."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 17]>
+    net (float[N, 3, 9, 8] x) => (float[N, 4] z)
+    {
+      a = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (x, wa)
+      ar = Relu (a)
+      b = Conv <kernel_shape = [3, 3], pads = [0, 2, 1, 1]> (ar, wb, bb)
+      br = Relu (b)
+      c = Conv <kernel_shape = [3, 3], strides = [2, 2]> (br, wc)
+      pooled = GlobalAveragePool (c)
+      y = Flatten (pooled)
+      z = Softmax (y)
+    }
+    """
+    rng = np.random.default_rng(0)
+    model = onnx.parser.parse_model(text)
+    for name, shape in {"wa": (6, 3, 3, 3), "wb": (5, 6, 3, 3), "bb": (5,), "wc": (4, 5, 3, 3)}.items():
+        model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
+    x = rng.standard_normal((7, 3, 9, 8)).astype(np.float32)
+    layers = [("a", 1), ("b", 1), ("c", 1)]
+    plain = measure_influence(model, layers, {"x": x})
+    nodes: list[str] = []
+
+    def spy(model: onnx.ModelProto) -> Any:
+        nodes.extend(node.output[0] for node in model.graph.node if node.domain == DOMAIN)
+        return open_session(model)
+
+    monkeypatch.setattr(influence, "open_session", spy)
+    got = measure_influence(model, layers, {"x": x}, whole=["a", "b"])
+    assert len(nodes) == 3 and nodes[:2] == ["a", "b"] and nodes[2].startswith("backward/")
+    for name, _ in layers:
+        np.testing.assert_allclose(got[name].positions, plain[name].positions, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(got[name].metric, plain[name].metric, rtol=1e-4, atol=1e-6)

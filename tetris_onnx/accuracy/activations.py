@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import mmap
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections import ChainMap
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeAlias
@@ -21,6 +22,8 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from tetris_onnx.data.calibration import Samples, count, fixed_batch, model_inputs
+from tetris_onnx.graph.layers import DOMAIN
+from tetris_onnx.passes.lower_block_sparse import whole_conv
 from tetris_onnx.session import open_session, run
 
 # By layer name: another weight, in the form that its node stores, and bias [out].
@@ -42,13 +45,21 @@ class Activations:
     """What a layer sees in the pruned network and what it gives in the dense one. Use it in a ``with`` statement."""
 
     def __init__(
-        self, model: onnx.ModelProto, layers: Sequence[str], samples: Samples, memory: int, dense: Sequence[str] = ()
+        self,
+        model: onnx.ModelProto,
+        layers: Sequence[str],
+        samples: Samples,
+        memory: int,
+        dense: Sequence[str] = (),
+        whole: Collection[str] = (),
     ) -> None:
         """``model``: prepared (see planner); ``layers``: outputs of those that will be replaced, in node order.
 
         ``dense``: outputs of layers that will be replaced too where they come behind such a layer (see `changes`).
-        ``samples``: one array per model input; ``memory``: bytes that stored values may take.
+        ``samples``: one array per model input; ``memory``: bytes that stored values may take. ``whole``: outputs of
+        convolutions that our operator runs faster, with all their weights (see operators).
         """
+        self._whole = frozenset(whole)
         self._model = model
         self._inputs = model_inputs(model)
         self._count = count(samples, self._inputs)
@@ -274,12 +285,18 @@ class Activations:
         constants: dict[str, onnx.TensorProto] = {}
         for index in order:
             own = [self._nodes[index]]
+            known: Mapping[str, onnx.TensorProto] = self._initializers
             if index in replaced:
                 own, extra = replaced[index]
-                constants |= {t.name: t for t in extra}
-            nodes += own
+                known = ChainMap({t.name: t for t in extra}, self._initializers)
             for node in own:
-                constants |= {name: self._initializers[name] for name in _reads(node) if name in self._initializers}
+                lowered = self._by_our_operator(node, known)
+                if lowered is None:
+                    nodes.append(node)
+                    constants |= {name: known[name] for name in _reads(node) if name in known}
+                else:
+                    nodes.append(lowered[0])
+                    constants |= {t.name: t for t in lowered[1]}
         inputs = [
             helper.make_tensor_value_info(
                 name, helper.np_dtype_to_tensor_dtype(array.dtype), [None] * array.ndim if array.ndim else []
@@ -288,9 +305,23 @@ class Activations:
         ]
         outputs = [onnx.ValueInfoProto(name=name) for name in kept]
         part = onnx.ModelProto(ir_version=self._model.ir_version, opset_import=self._model.opset_import)
+        if any(node.domain == DOMAIN for node in nodes):
+            part.opset_import.append(helper.make_opsetid(DOMAIN, 1))
         part.functions.extend(self._model.functions)
         part.graph.CopyFrom(helper.make_graph(nodes, "part", inputs, outputs, list(constants.values())))
         return part
+
+    def _by_our_operator(
+        self, node: onnx.NodeProto, constants: Mapping[str, onnx.TensorProto]
+    ) -> tuple[onnx.NodeProto, list[onnx.TensorProto]] | None:
+        """A convolution that is one of ``whole`` as our operator, with its constants."""
+        if node.op_type != "Conv" or node.output[0] not in self._whole:
+            return None
+        weight, *bias = (numpy_helper.to_array(constants[name]) for name in node.input[1:] if name)
+        found = whole_conv(node, weight, bias[0] if bias else None)
+        if found is not None and any(t.name in self._initializers for t in found[1]):
+            return None  # the model has other constants of these names
+        return found
 
     def _collect(
         self, session: object, given: dict[str, NDArray], kept: list[str], first: int, stop: int

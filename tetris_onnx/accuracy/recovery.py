@@ -112,7 +112,8 @@ def _matter(
     layers = [c.layer for c in candidates if not c.layer.why_dense and not c.options.skip]
     known = [(x.name, x.out_axis) for x in layers if x.out_axis is not None and x.output.shape is not None]
     draws = 1 if count(samples, model_inputs(model)) >= _ENOUGH_SAMPLES else 2
-    return measure_influence(model, known, samples, draws, config.seed)
+    whole = [c.layer.name for c in candidates if c.faster_whole]
+    return measure_influence(model, known, samples, draws, config.seed, whole)
 
 
 def _sweeps(candidates: Sequence[Candidate], config: Config) -> int:
@@ -191,7 +192,8 @@ def _prune(
     plans: list[LayerPlan] = []
     weights: dict[str, NewWeights] = {}
     rows: dict[str, LayerReport] = {}
-    with Activations(model, names, samples, config.memory, [c.layer.name for c in dense]) as activations:
+    whole = [c.layer.name for c in candidates if c.faster_whole]
+    with Activations(model, names, samples, config.memory, [c.layer.name for c in dense], whole) as activations:
         todo = [c for c in candidates if c in chosen or (c in dense and activations.changes(c.layer.name))]
         for done, candidate in enumerate(todo):
             layer = candidate.layer

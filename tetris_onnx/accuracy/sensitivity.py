@@ -82,7 +82,8 @@ def measure(
     fitted = {c.layer.name: c.layer for c in candidates if not c.layer.why_dense and not c.options.skip}
     targets = _targets(model)
     found = []
-    with Activations(model, [], samples, config.memory) as activations:
+    whole = [c.layer.name for c in candidates if c.faster_whole]
+    with Activations(model, [], samples, config.memory, whole=whole) as activations:
         batches = activations.count // activations.batch
         held_out = min(batches // _HELD_OUT, max(_MOST_HELD_OUT // activations.batch, 1)) * activations.batch
         first = activations.count - held_out if held_out else 0

@@ -44,6 +44,8 @@ class Backward:
         self._extra: list[onnx.TensorProto] = []
         self._count = 0
         self._gradients: dict[str, list[str]] = {}
+        # By the result of a convolution that is the backward pass of another one: the result of that one, its weight.
+        self.convolutions: dict[str, tuple[str, str]] = {}
 
     def shape(self, value: str) -> list[int | None]:
         """The sizes of a value, None where one is open. Raises `UnknownDerivativeError` where none is known."""
@@ -218,7 +220,9 @@ class Backward:
             weight = self.node("Transpose", [node.input[1]], perm=[1, 0, *range(2, 2 + axes)])
             back = [[-1] * axes, [np.iinfo(np.int64).min] * axes, range(2, 2 + axes), [-1] * axes]
             weight = self.node("Slice", [weight, *(self.constant(np.array(v, np.int64)) for v in back)])
-            return {node.input[0]: self.node("Conv", [gradient, weight], dilations=dilations, pads=around)}
+            result = self.node("Conv", [gradient, weight], dilations=dilations, pads=around)
+            self.convolutions[result] = node.output[0], node.input[1]
+            return {node.input[0]: result}
         missing = []
         for i in range(axes):
             size, made = data[i], output[i]

@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
+from onnx import helper, numpy_helper
 
 from tetris_onnx.algorithms.blocks import block_grid
 from tetris_onnx.algorithms.packing import pack
@@ -65,6 +66,28 @@ def whole_block(layer: Layer) -> tuple[int, int]:
     """The block size of a layer with all its blocks: bands of rows, which are what the kernels work on."""
     out, in_ = layer.weight_shape[:2]
     return min(_WHOLE_ROWS, out), in_
+
+
+def whole_conv(
+    node: onnx.NodeProto, weight: NDArray, bias: NDArray | None
+) -> tuple[onnx.NodeProto, list[onnx.TensorProto]] | None:
+    """A Conv node of one group as our operator with all its weights, and its constants, to run it in another model.
+
+    None where its padding depends on a size that is open.
+    """
+    name = node.output[0]
+    constants = [gs.Constant(f"{name}/{i}", array) for i, array in enumerate((weight, bias)) if array is not None]
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    if isinstance(attributes.get("auto_pad"), bytes):
+        attributes["auto_pad"] = attributes["auto_pad"].decode()
+    conv = gs.Node("Conv", node.name, attributes, [gs.Variable(node.input[0]), *constants], [gs.Variable(name)])
+    if conv_window(conv) is None:
+        return None
+    layer = Layer(conv, "")
+    _lower(layer, _all_blocks(layer), ConstantPool())
+    made = {t.name: numpy_helper.from_array(t.values, t.name) for t in conv.inputs[1:]}
+    inputs = [t.name for t in conv.inputs]
+    return helper.make_node(conv.op, inputs, [name], node.name, domain=DOMAIN, **conv.attrs), list(made.values())
 
 
 def _all_blocks(layer: Layer) -> LayerPlan:
