@@ -419,17 +419,21 @@ class LayerSamples:
                 mean = np.sum((mean_y - mean_u @ weight.T) ** 2)
                 return float(single / max(power, 1e-300) + mean / max(mean_power, 1e-300))
 
-        # The error falls and then rises with the damping.
         best = _DAMPINGS.index(DAMPING)
-        first = (best - 1, best, best + 1)
-        errors = dict(zip(first, run_threads(error, [(step,) for step in first], workers), strict=True))
+        errors: dict[int, float] = {}
+        if workers != 1:
+            first = (best - 1, best, best + 1)
+            errors = dict(zip(first, run_threads(error, [(step,) for step in first], workers), strict=True))
+
+        def known(step: int) -> float:
+            if step not in errors:
+                errors[step] = error(step)
+            return errors[step]
+
+        # The error falls and then rises with the damping.
         for direction in (1, -1):
-            while 0 <= (step := best + direction) < len(_DAMPINGS):
-                if step not in errors:
-                    errors[step] = error(step)
-                if errors[step] >= errors[best]:
-                    break
-                best = step
+            while 0 <= best + direction < len(_DAMPINGS) and known(best + direction) < known(best):
+                best += direction
         return self._lam(_DAMPINGS[best])
 
     def error(self, weight: NDArray) -> float:
